@@ -1,0 +1,149 @@
+// The native module on one page. Addresses and sizes go in, so the module links no torch. The Python ops
+// check shapes and devices; here only what would be unsafe is checked again.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <stdexcept>
+
+#include "cpu/isa.h"
+#include "masked_adamw.h"
+#include "scatter.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace pecker {
+namespace {
+
+using Address = std::uintptr_t;
+
+void check(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+ScatterTable scatter_table(Address dense_pointers, Address dense_dtypes, Address run_parameter,
+                           Address run_dense_offset, Address run_flat_offset, std::int64_t num_parameters,
+                           std::int64_t num_runs) {
+  check(num_parameters >= 0 && num_runs >= 0, "expected num_parameters >= 0 and num_runs >= 0");
+  check(num_runs == 0 ||
+            (dense_pointers && dense_dtypes && run_parameter && run_dense_offset && run_flat_offset),
+        "expected the addresses of all five arrays of the scatter table when num_runs > 0");
+  return {at<std::int64_t>(dense_pointers),
+          at<std::int32_t>(dense_dtypes),
+          at<std::int32_t>(run_parameter),
+          at<std::int64_t>(run_dense_offset),
+          at<std::int64_t>(run_flat_offset),
+          num_parameters,
+          num_runs};
+}
+
+// A table in host memory is read here; the dtypes of one on a device are checked by whoever fills it.
+void check_host_table(const ScatterTable& table, std::int64_t numel) {
+  if (table.num_runs == 0) return;
+  check(table.run_flat_offset[0] == 0 && table.run_flat_offset[table.num_runs] == numel,
+        "expected run_flat_offset to start at 0 and to end at numel");
+  for (std::int64_t p = 0; p < table.num_parameters; ++p) {
+    check(0 <= table.dense_dtypes[p] && table.dense_dtypes[p] < kDenseDtypes,
+          "expected dense_dtypes of 0 (float32), 1 (bfloat16), 2 (float16) or 3 (float64)");
+  }
+}
+
+void checked_step_cpu(const AdamwBuffers& buffers, const AdamwConstants& constants, const ScatterTable& table,
+                      int threads) {
+  check(threads >= 1, "expected threads >= 1");
+  check_host_table(table, buffers.numel);
+  masked_adamw_cpu(buffers, constants, table, threads);
+}
+
+// Binds an AdamW step. Where it runs (threads, or a stream) is its last argument.
+template <typename Where>
+void def_masked_adamw(py::module_& m, const char* name, const char* doc, const py::arg& where_name,
+                      void (*step)(const AdamwBuffers&, const AdamwConstants&, const ScatterTable&, Where)) {
+  const auto function = [step](Address value, Address grad, Address exp_avg, Address exp_avg_sq, Address ema,
+                               std::int64_t numel, std::int64_t number, double lr, double beta1, double beta2,
+                               double eps, double weight_decay, double clip_value, double ema_decay,
+                               Address dense_pointers, Address dense_dtypes, Address run_parameter,
+                               Address run_dense_offset, Address run_flat_offset, std::int64_t num_parameters,
+                               std::int64_t num_runs, Where where) {
+    check(numel >= 0, "expected numel >= 0");
+    check(number >= 1, "expected step >= 1");
+    check(numel == 0 || (value && grad && exp_avg_sq),
+          "expected the addresses of value, grad and exp_avg_sq");
+    check(numel == 0 || exp_avg || beta1 == 0.0, "expected the address of exp_avg when beta1 is not 0");
+    const AdamwBuffers buffers{at<float>(value),      at<float>(grad), at<float>(exp_avg),
+                               at<float>(exp_avg_sq), at<float>(ema),  numel};
+    const AdamwSettings settings{number, lr, beta1, beta2, eps, weight_decay, clip_value, ema_decay};
+    const ScatterTable table = scatter_table(dense_pointers, dense_dtypes, run_parameter, run_dense_offset,
+                                             run_flat_offset, num_parameters, num_runs);
+    step(buffers, adamw_constants(settings), table, where);
+  };
+  m.def(name, function, doc, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "value"_a, "grad"_a,
+        "exp_avg"_a, "exp_avg_sq"_a, "ema"_a, "numel"_a, "step"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
+        "weight_decay"_a, "clip_value"_a = std::numeric_limits<double>::infinity(), "ema_decay"_a = 0.0,
+        "dense_pointers"_a = 0, "dense_dtypes"_a = 0, "run_parameter"_a = 0, "run_dense_offset"_a = 0,
+        "run_flat_offset"_a = 0, "num_parameters"_a = 0, "num_runs"_a = 0, where_name);
+}
+
+void checked_scatter_cpu(const float* value, std::int64_t numel, const ScatterTable& table, int threads) {
+  check(threads >= 1, "expected threads >= 1");
+  check_host_table(table, numel);
+  scatter_cpu(value, numel, table, threads);
+}
+
+template <typename Where>
+void def_scatter(py::module_& m, const char* name, const char* doc, const py::arg& where_name,
+                 void (*scatter)(const float*, std::int64_t, const ScatterTable&, Where)) {
+  const auto function = [scatter](Address value, std::int64_t numel, Address dense_pointers,
+                                  Address dense_dtypes, Address run_parameter, Address run_dense_offset,
+                                  Address run_flat_offset, std::int64_t num_parameters, std::int64_t num_runs,
+                                  Where where) {
+    check(numel >= 0, "expected numel >= 0");
+    check(numel == 0 || value, "expected the address of value");
+    scatter(at<float>(value), numel,
+            scatter_table(dense_pointers, dense_dtypes, run_parameter, run_dense_offset, run_flat_offset,
+                          num_parameters, num_runs),
+            where);
+  };
+  m.def(name, function, doc, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "value"_a, "numel"_a,
+        "dense_pointers"_a, "dense_dtypes"_a, "run_parameter"_a, "run_dense_offset"_a, "run_flat_offset"_a,
+        "num_parameters"_a, "num_runs"_a, where_name);
+}
+
+py::dict build_info() {
+  return py::dict("version"_a = PECKER_VERSION, "compiler"_a = PECKER_COMPILER, "cuda"_a = bool(PECKER_CUDA),
+                  "cuda_architectures"_a = PECKER_CUDA_ARCHITECTURES, "isa_compiled"_a = compiled_isas(),
+                  "isa_selected"_a = selected_isa());
+}
+
+}  // namespace
+}  // namespace pecker
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pecker;
+  m.doc() = R"(Native kernels of pecker_fast.
+
+Addresses are integers (tensor.data_ptr(), 0 for none) of memory that the caller keeps. Buffers are float32
+(numel,); exp_avg and ema may be 0. csrc/scatter.h describes the scatter table; without runs it may be 0.)";
+
+  def_masked_adamw(m, "masked_adamw_cpu",
+                   "One AdamW step on flat buffers, and the new values to the dense tensors.", "threads"_a,
+                   checked_step_cpu);
+  def_scatter(m, "scatter_cpu", "Copies a flat buffer to the dense tensors.", "threads"_a,
+              checked_scatter_cpu);
+#if PECKER_CUDA
+  def_masked_adamw(m, "masked_adamw_cuda",
+                   "masked_adamw_cpu in CUDA memory, one launch on a stream of the current device.",
+                   "stream"_a, masked_adamw_cuda);
+  def_scatter(m, "scatter_cuda", "scatter_cpu in CUDA memory, one launch on a stream of the current device.",
+              "stream"_a, scatter_cuda);
+#endif
+  m.def("build_info", build_info, "What was compiled in and what runs, as a dict.");
+  m.def("use_isa", use_isa, "name"_a,
+        "Forces avx512, avx2 or scalar CPU kernels; None: the widest supported.");
+}

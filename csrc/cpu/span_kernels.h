@@ -1,0 +1,31 @@
+// The inner loops of the CPU ops, over one span [begin, end) of the flat buffer. span_kernels.cpp is compiled
+// once per instruction set (see CMakeLists.txt); isa.h chooses among the results at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "../masked_adamw.h"
+#include "../scatter.h"
+
+namespace pecker {
+
+struct SpanKernels {
+  // AdamW, indexed [has exp_avg][has ema].
+  void (*update[2][2])(const AdamwBuffers& buffers, const AdamwConstants& constants, std::int64_t begin,
+                       std::int64_t end);
+  // Scatters the span, whose first element lies in `run`; returns the run of element `end`.
+  std::int64_t (*scatter)(const float* value, std::int64_t begin, std::int64_t end, std::int64_t run,
+                          const ScatterTable& table);
+};
+
+namespace avx512 {
+extern const SpanKernels kernels;
+}
+namespace avx2 {
+extern const SpanKernels kernels;
+}
+namespace scalar {
+extern const SpanKernels kernels;
+}
+
+}  // namespace pecker

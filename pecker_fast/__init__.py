@@ -1,0 +1,40 @@
+"""pecker_fast: make a diffusion model forget, training only the weights that carry the forgotten thing.
+
+``MaskedDistiller`` erases a class from a diffusion model (PECKER, arXiv 2604.05634); ``apply_mask`` and ``MaskedAdamW``
+bring masked training to any other loop. Importing this loads torch and nothing else that is heavy.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_checkout = Path(__file__).resolve().parents[1]
+if (_checkout / "setup.py").is_file():  # in a source tree the Triton kernels live in ../kernels
+    __path__.append(str(_checkout))
+
+from pecker_fast.active import ActiveParameters, apply_mask  # noqa: E402
+from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
+from pecker_fast.config import DistillConfig, MaskConfig  # noqa: E402
+from pecker_fast.distiller import MaskedDistiller  # noqa: E402
+from pecker_fast.mask import BlockMask  # noqa: E402
+from pecker_fast.ops import backends, use_backend  # noqa: E402
+from pecker_fast.optim import MaskedAdamW  # noqa: E402
+from pecker_fast.saliency import Saliency, compute_saliency  # noqa: E402
+from pecker_fast.schedule import NoiseSchedule  # noqa: E402
+
+__all__ = [
+    "ActiveParameters",
+    "BlockGrid",
+    "BlockMask",
+    "DistillConfig",
+    "MaskConfig",
+    "MaskedAdamW",
+    "MaskedDistiller",
+    "NoiseSchedule",
+    "ParameterMask",
+    "Saliency",
+    "apply_mask",
+    "backends",
+    "compute_saliency",
+    "use_backend",
+]

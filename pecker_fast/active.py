@@ -1,0 +1,455 @@
+"""ActiveParameters: where the active weights of a model live while they train, one flat buffer for all of them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from pecker_fast.blocks import ParameterMask
+from pecker_fast.layers import SUFFIX, MaskedLayer, is_channels_last, mask_layer, unmask_layer
+from pecker_fast.mask import BlockMask
+from pecker_fast.maskable import Survey, survey
+from pecker_fast.scatter import DTYPE_CODES, ScatterTable, Target
+
+ATTRIBUTE = "_pecker_active"
+"""Where a masked model keeps its store, so that copies of the model get their own."""
+
+
+def apply_mask(
+    model: nn.Module, mask: BlockMask, *, unmaskable: Literal["frozen", "dense"] = "frozen"
+) -> ActiveParameters:
+    """Train only the active blocks of ``model``, in place: two changed lines in anybody's loop.
+
+    Every maskable layer with active blocks keeps its object, its hooks and its dense weight, and gets one parameter
+    with the active weights; everything else is frozen. Weights outside the mask are never written again.
+
+    Args:
+        model: The model; its ``requires_grad`` flags come back with ``remove()``.
+        mask: Which blocks are active, made for this model.
+        unmaskable: What becomes of weights that cannot be masked (convolutions other than 2-d, recurrent and fused
+            attention weights, ...): they stay "frozen", or train "dense".
+
+    Returns:
+        The store of the active weights; give its ``parameters()`` to any optimizer, or the store to ``MaskedAdamW``.
+
+    Raises:
+        ValueError: The mask is for another model, activates a weight that cannot be masked, or the model is masked
+            already. The model is unchanged.
+    """
+    if unmaskable not in ("frozen", "dense"):
+        raise ValueError(f'unmaskable: expected "frozen" or "dense", got {unmaskable!r}')
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLayer):
+            raise ValueError(f"{name or type(model).__name__} is masked already; call active.remove() before apply_mask")
+    found = survey(model)
+    _check_mask(model, mask, found, unmaskable)
+    return ActiveParameters(model, mask, found, unmaskable == "dense")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One active parameter: the owner module, the dense weight's own name there, and its stretch of the buffer."""
+
+    name: str
+    module: str
+    own: str
+    mask: ParameterMask
+    channels_last: bool
+    adopted: bool  # the weight itself is the active parameter, because its module cannot be masked
+    offset: int
+
+
+class ActiveParameters:
+    """The active weights of a masked model in one flat buffer, block after block, and their gradients in another.
+
+    Each masked layer owns an ``nn.Parameter`` that is a view of the buffer. Weights with every block active and
+    float32 are not even copied: their dense tensor is a view as well. ``p.data`` and ``p.grad`` are the truth:
+    whatever replaces them, ``bind_()`` copies it back and makes it a view again.
+
+    Attributes:
+        model: The masked model.
+        mask: Its mask.
+        values: Active weights, float32 (numel,); float64 for a model of float64.
+        grads: Their gradients, same shape.
+        ema: Running average of the weights, or None; an optimizer with ``ema_decay`` keeps it.
+    """
+
+    def __init__(self, model: nn.Module, mask: BlockMask, found: Survey, train_refused: bool) -> None:
+        self.model = model
+        self.mask = mask
+        self.refused = dict(found.refused)
+        self.ema: Tensor | None = None
+        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self._swapped = _layers_to_swap(model, mask, found)
+        self._trained: set[str] = set()
+        self._table: ScatterTable | None = None
+        self._table_key: tuple[object, ...] = ()
+        dtypes = {p.dtype for name, p in model.named_parameters() if name in found.maskable}
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(train_refused and name in found.refused)
+        for module_name in self._swapped:
+            masks = {own: m for own in ("weight", "bias") if (m := mask.parameters.get(_join(module_name, own))) and m.numel}
+            mask_layer(model.get_submodule(module_name), masks, dtype)
+        adopted = [n for n in found.refused if train_refused]
+        self._entries = self._lay_out(parameters, adopted)
+        device = next(iter(self._entries_parameters()))[1].device
+        self.values = torch.zeros(self.numel, dtype=dtype, device=device)
+        self.grads = torch.zeros_like(self.values)
+        model.__dict__[ATTRIBUTE] = self
+        _STORES.add(self)
+        self.bind_()
+
+    def _lay_out(self, parameters: dict[str, nn.Parameter], adopted: list[str]) -> tuple[_Entry, ...]:
+        entries, offset = [], 0
+        for name, parameter in parameters.items():
+            mask = self.mask.parameters.get(name)
+            if name in adopted:
+                mask = ParameterMask.full(_whole(parameter))
+            if mask is None or not mask.numel:
+                continue
+            module, _, own = name.rpartition(".")
+            entries.append(_Entry(name, module, own, mask, is_channels_last(parameter), name in adopted, offset))
+            offset += mask.numel
+        return tuple(entries)
+
+    @staticmethod
+    def of(model: nn.Module) -> ActiveParameters:
+        """The store of a masked model.
+
+        Raises:
+            ValueError: The model is not masked.
+        """
+        store = model.__dict__.get(ATTRIBUTE)
+        if store is None:
+            raise ValueError(f"{type(model).__name__} is not masked; call apply_mask(model, mask) first")
+        return cast(ActiveParameters, store)
+
+    @property
+    def numel(self) -> int:
+        """Active weights, those of dense-trained unmaskable layers included."""
+        return sum(entry.mask.numel for entry in self._entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the dense weights with active blocks, in the buffer's order."""
+        return tuple(entry.name for entry in self._entries)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The active parameters, for any optimizer."""
+        return [parameter for _, parameter in self._entries_parameters()]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name of the dense weight and its active parameter."""
+        for entry, parameter in self._entries_parameters():
+            yield entry.name, parameter
+
+    def _entries_parameters(self) -> Iterator[tuple[_Entry, nn.Parameter]]:
+        for entry in self._entries:
+            module = self.model.get_submodule(entry.module)
+            parameter = module._parameters[entry.own if entry.adopted else entry.own + SUFFIX]
+            yield entry, cast(nn.Parameter, parameter)
+
+    def _dense(self, entry: _Entry) -> nn.Parameter:
+        return cast(nn.Parameter, self.model.get_submodule(entry.module)._parameters[entry.own])
+
+    def _view(self, flat: Tensor, entry: _Entry) -> Tensor:
+        """The stretch of a flat buffer that belongs to one parameter, in that parameter's shape."""
+        stretch = flat[entry.offset : entry.offset + entry.mask.numel]
+        shape = entry.mask.compact_shape
+        if entry.channels_last and len(shape) == 4:
+            out, in_, height, width = shape
+            return stretch.view(out, height, width, in_).permute(0, 3, 1, 2)
+        return stretch.view(shape)
+
+    # -- views ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def bind_(self) -> None:
+        """Make every ``p.data`` and ``p.grad`` a view of the flat buffers again, keeping what they hold.
+
+        Cheap where nothing was replaced: it compares addresses. ``zero_grad(set_to_none=True)``, ``deepcopy``,
+        ``.to(device)`` and DDP's ``gradient_as_bucket_view`` all replace them.
+        """
+        self._follow_device()
+        for entry, parameter in self._entries_parameters():
+            if parameter.dtype != self.values.dtype:
+                raise RuntimeError(
+                    f"{entry.name} trains dense and was converted to {parameter.dtype}; convert the model before "
+                    f"apply_mask, or keep unmaskable weights frozen"
+                )
+            value = self._view(self.values, entry)
+            if not _same_place(parameter.data, value):
+                value.copy_(parameter.data)
+                parameter.data = value
+            if parameter.grad is not None:
+                grad = self._view(self.grads, entry)
+                if not _same_place(parameter.grad, grad):
+                    grad.copy_(parameter.grad)
+                    parameter.grad = grad
+            dense = self._dense(entry)
+            if self._aliases(entry, dense) and not _same_place(dense.data, value):
+                dense.data = value
+
+    def _aliases(self, entry: _Entry, dense: Tensor) -> bool:
+        """Whether the dense weight can be a view of the buffer: nothing to scatter then."""
+        return entry.mask.is_full and dense.dtype == self.values.dtype and dense.device == self.values.device
+
+    def _follow_device(self) -> None:
+        device = next(self._entries_parameters())[1].device
+        if device != self.values.device:
+            self.values, self.grads = self.values.to(device), self.grads.to(device)
+            self.ema = None if self.ema is None else self.ema.to(device)
+
+    def scatter_table(self) -> ScatterTable:
+        """Where the buffer goes in the dense weights, as they lie now."""
+        pairs = [(entry, self._dense(entry)) for entry in self._entries]
+        key = tuple((dense.data_ptr(), dense.dtype, dense.stride()) for _, dense in pairs)
+        if self._table is None or key != self._table_key:
+            targets = [
+                Target(e.mask, None if e.adopted or self._aliases(e, d) else d.detach(), e.channels_last)
+                for e, d in pairs
+            ]
+            self._table, self._table_key = ScatterTable(targets, self.values.device), key
+        return self._table
+
+    @torch.no_grad()
+    def scatter_(self) -> None:
+        """Copy the active weights into the dense ones; after a step of ``MaskedAdamW`` or any torch optimizer it is done."""
+        self.bind_()
+        self.scatter_table().scatter_(self.values)
+        self.bump_versions()
+
+    def bump_versions(self) -> None:
+        """Tell autograd that dense weights changed, so that a stale backward raises instead of mixing two states."""
+        torch.autograd.graph.increment_version([self._dense(entry) for entry in self._entries])
+
+    # -- gradients --------------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clear the gradients: the flat buffer at once, or every ``p.grad`` to None."""
+        for _, parameter in self._entries_parameters():
+            parameter.grad = None if set_to_none else parameter.grad
+        if not set_to_none:
+            self.bind_()
+            self.grads.zero_()
+
+    def check_gradients(self) -> None:
+        """Before a step: refuse active parameters that have never had a gradient.
+
+        Raises:
+            RuntimeError: Their module's forward does not use them, so they would only decay.
+        """
+        never = []
+        for entry, parameter in self._entries_parameters():
+            if parameter.grad is not None:
+                self._trained.add(entry.name)
+            elif entry.name not in self._trained:
+                never.append(entry.name)
+            else:
+                self._view(self.grads, entry).zero_()  # no gradient this time: the buffer still holds an old one
+        if never:
+            raise RuntimeError(
+                f"{len(never)} active weights have never had a gradient: {', '.join(never[:3])}. Either backward() was "
+                f"not called, or the model reads them without calling their module; leave those out of the mask"
+            )
+
+    def requires_grad_(self, requires_grad: bool = True) -> None:
+        """Switch gradients of the active parameters on or off, as ``nn.Module.requires_grad_`` does."""
+        for _, parameter in self._entries_parameters():
+            parameter.requires_grad_(requires_grad)
+
+    def to_dense(self, flat: Tensor, name: str) -> Tensor:
+        """One weight's stretch of a flat buffer (``values``, ``grads``, ``ema``) as a dense tensor, zero elsewhere.
+
+        Raises:
+            KeyError: ``name`` has no active blocks.
+        """
+        entry = next((entry for entry in self._entries if entry.name == name), None)
+        if entry is None:
+            raise KeyError(f"{name!r} has no active blocks; weights with some: {', '.join(self.names[:5])}, ...")
+        dense = flat.new_zeros(entry.mask.grid.numel)
+        stretch = flat[entry.offset : entry.offset + entry.mask.numel]
+        if entry.mask.is_full:
+            return self._view(flat, entry).clone(memory_format=torch.contiguous_format)
+        dense[entry.mask.index(entry.channels_last).to(flat.device)] = stretch
+        return dense.view(entry.mask.grid.shape)
+
+    # -- running average --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[nn.Module]:
+        """Within the block the model has its running-average weights; afterwards its trained ones again.
+
+        Raises:
+            RuntimeError: No running average is kept.
+        """
+        if self.ema is None:
+            raise RuntimeError("no running average is kept; make MaskedAdamW with ema_decay, and step once")
+        self.bind_()
+        trained = self.values.clone()
+        try:
+            self.values.copy_(self.ema)
+            self.scatter_()
+            yield self.model
+        finally:
+            self.values.copy_(trained)
+            self.scatter_()
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare the dense weights with the active ones, exactly.
+
+        Raises:
+            RuntimeError: A dense weight was changed behind the store's back.
+        """
+        for entry, parameter in self._entries_parameters():
+            dense = self._dense(entry)
+            if entry.adopted or _same_place(dense.data, parameter.data):
+                continue
+            active = entry.mask.gather(dense.data, entry.channels_last).reshape(parameter.shape)
+            expected = parameter.data.to(dense.dtype)
+            if not torch.equal(active.nan_to_num(0.0), expected.nan_to_num(0.0)):
+                changed = int((active != expected).sum())
+                raise RuntimeError(
+                    f"{entry.name}: {changed} of {active.numel()} active weights were changed outside the optimizer; "
+                    f"change the active parameter (active.named_parameters()) instead, then call active.scatter_()"
+                )
+
+    @torch.no_grad()
+    def remove(self, *, ema: bool = False) -> nn.Module:
+        """Make the model an ordinary dense one again, trained weights kept.
+
+        Args:
+            ema: Keep the running average of the weights instead of the last ones.
+
+        Returns:
+            The model.
+
+        Raises:
+            RuntimeError: A dense weight was changed behind the store's back, or no running average is kept.
+        """
+        self.check()
+        self.bind_()
+        if ema:
+            if self.ema is None:
+                raise RuntimeError("no running average is kept; make MaskedAdamW with ema_decay, and step once")
+            self.values.copy_(self.ema)
+            self.scatter_()
+        for entry in self._entries:
+            dense = self._dense(entry)
+            if _same_place(dense.data, self._view(self.values, entry)):
+                dense.data = dense.data.clone()  # its own memory again; strides are kept
+            if entry.adopted:
+                dense.grad = None
+        for module_name in self._swapped:
+            unmask_layer(self.model.get_submodule(module_name))
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self._required_grad[name])
+        del self.model.__dict__[ATTRIBUTE]
+        _STORES.discard(self)
+        return self.model
+
+    def summary(self) -> str:
+        """What trains and what does not, one line each."""
+        trained = {entry.name for entry in self._entries}
+        lines = [repr(self), self.mask.summary()]
+        for name, reason in self.refused.items():
+            lines.append(f"  {name:<40} {'trains dense' if name in trained else 'frozen'}: {reason}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"ActiveParameters({self.numel:,} weights of {type(self.model).__name__} in {len(self._entries)} parameters)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_table": None, "_table_key": ()}  # addresses of another model's weights
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _STORES.add(self)
+
+
+_STORES: weakref.WeakSet[ActiveParameters] = weakref.WeakSet()
+"""Stores whose parameters a foreign optimizer may hold."""
+
+
+def _stores_of(optimizer: torch.optim.Optimizer) -> list[ActiveParameters]:
+    if not _STORES or getattr(optimizer, "scatters_itself", False):
+        return []
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [store for store in _STORES if any(id(parameter) in held for parameter in store.parameters())]
+
+
+def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for store in _stores_of(optimizer):
+        store.check_gradients()
+
+
+def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for store in _stores_of(optimizer):
+        store.scatter_()
+
+
+register_optimizer_step_pre_hook(_before_any_step)
+register_optimizer_step_post_hook(_after_any_step)
+
+
+def _check_mask(model: nn.Module, mask: BlockMask, found: Survey, unmaskable: str) -> None:
+    where = f"the mask was not made for this {type(model).__name__}"
+    for name, parameter in mask.parameters.items():
+        if name in found.refused:
+            if parameter.numel:
+                raise ValueError(f"{name} cannot be masked: {found.refused[name]}; leave it out of the mask")
+        elif name not in found.maskable:
+            raise ValueError(f"{where}: it masks {name!r}, which the model does not have; make a mask from this model")
+        elif found.maskable[name] != parameter.grid.shape:
+            raise ValueError(
+                f"{where}: {name} has shape {found.maskable[name]}, the mask expects {parameter.grid.shape}; "
+                f"make a mask from this model"
+            )
+    if not mask.numel:
+        raise ValueError("the mask has no active block: nothing would train")
+    for name, tensor in model.named_parameters():
+        active = (name in mask.parameters and mask.parameters[name].numel) or (
+            unmaskable == "dense" and name in found.refused
+        )
+        if active and tensor.dtype not in DTYPE_CODES:
+            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if unmaskable == "dense" and name in found.refused and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} cannot train dense: expected float32, got {tensor.dtype}; keep it frozen")
+
+
+def _layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[str]:
+    """Modules with active blocks, and frozen convolutions, which would keep their input for nothing."""
+    owners = {name.rpartition(".")[0] for name, parameter in mask.parameters.items() if parameter.numel}
+    maskable = {name.rpartition(".")[0] for name in found.maskable}
+    return [
+        name
+        for name, module in model.named_modules()
+        if name in owners or (type(module) is nn.Conv2d and name in maskable)
+    ]
+
+
+def _whole(parameter: Tensor) -> Any:
+    from pecker_fast.blocks import BlockGrid
+
+    return BlockGrid.of(tuple(parameter.shape), "row")
+
+
+def _join(module: str, own: str) -> str:
+    return f"{module}.{own}" if module else own
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape

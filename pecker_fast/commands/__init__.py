@@ -1,0 +1,28 @@
+"""What each command of ``pecker-fast`` does: one file each, ``run(options) -> Outcome``.
+
+Nothing here parses arguments or prints, and nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command has to say.
+
+    Attributes:
+        values: For machines, plain JSON values.
+        text: For people; None lists ``values``.
+    """
+
+    values: Mapping[str, Any]
+    text: str | None = None
+
+
+def dry_run(settings: Mapping[str, Any], parameters: Mapping[str, int], writes: list[str]) -> Outcome:
+    """What a command would do: resolved settings, parameter counts, and the files it would write."""
+    return Outcome({"dry_run": True, "settings": settings, "parameters": parameters, "would_write": writes})

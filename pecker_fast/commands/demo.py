@@ -1,0 +1,39 @@
+"""``pecker-fast demo``: erase digits three ways and show what came out."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from pecker_fast.commands import Outcome
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Train or load the digits model and its judge, run masked, random and dense, and write the report."""
+    from pecker_fast import demo, report
+
+    config = demo.DemoConfig(
+        forget=tuple(options.forget_class),
+        override=None if options.override_class is None else tuple(options.override_class),
+        seed=options.seed,
+        density=options.mask_density,
+        block=options.block,
+        steps=options.max_train_steps,
+        short=options.short,
+        cache_dir=options.cache_dir,
+        progress=not options.quiet,
+    )
+    if options.dry_run:
+        settings = dataclasses.asdict(config) | {
+            "cache_dir": str(config.cache_dir or demo.default_cache_dir())
+        }
+        names = ("report.html", "before_after.png", "curves.png", "saliency.png", "metrics.json", "model/")
+        writes = [str(options.output_dir / name) for name in (*names, "mask.safetensors")]
+        return Outcome(
+            {"dry_run": True, "settings": settings, "plan": demo.plan(config), "would_write": writes}
+        )
+    metrics = demo.run_demo(config, options.output_dir)
+    page = options.output_dir / "report.html"
+    return Outcome(
+        metrics, f"{report.table(metrics)}\n\nOpen {page} for the pictures and what the numbers mean."
+    )

@@ -1,0 +1,61 @@
+"""``pecker-fast doctor``: what is installed, what is used, and why not the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+import pecker_fast
+from pecker_fast import native
+from pecker_fast.commands import Outcome
+
+_PACKAGES = ("torch", "numpy", "safetensors", "triton", "diffusers", "matplotlib", "scikit-learn")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Look around; nothing is changed, and optional packages are not imported."""
+    del options
+    versions = {"pecker_fast": pecker_fast.__version__, "python": platform.python_version()}
+    versions |= {name: _version(name) for name in _PACKAGES}
+    build: Any = native.load().build_info() if native.available() else native.why_not()
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    machine = {
+        "system": platform.platform(),
+        "cpu_isa": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+    table = pecker_fast.backends()
+    choices = {
+        op: {device: {"used": choice.used, "not_used": choice.not_used} for device, choice in devices.items()}
+        for op, devices in table.items()
+    }
+    values = {"versions": versions, "machine": machine, "native": build, "backends": choices}
+    sections = {"versions": versions, "machine": machine, "native": build}
+    text = "\n\n".join(
+        [*(_section(name, entries) for name, entries in sections.items()), f"backends\n{table!r}"]
+    )
+    return Outcome(values, text)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _section(name: str, entries: Any) -> str:
+    if not isinstance(entries, dict):
+        return f"{name}\n  {entries}"
+    lines = []
+    for key, value in entries.items():
+        shown = (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
+        lines.append(f"  {key:<20}{shown}")
+    return "\n".join([name, *lines])

@@ -1,0 +1,144 @@
+"""Files that commands read and write: images as npz or PNG, complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pecker_fast.errors import FileFormatError
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def check_writable(file: Path) -> None:
+    """Refuse early what could not be written after minutes of work.
+
+    Raises:
+        FileFormatError: ``file`` is a folder, or its folder cannot be written or made.
+    """
+    if file.is_dir():
+        raise FileFormatError(f"{file}: is a folder, but a file is to be written; name a file in it")
+    parent = next(folder for folder in Path(os.path.abspath(file)).parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise FileFormatError(f"{file}: cannot write into {parent}; choose another folder")
+
+
+def write_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write aside and rename, so that ``file`` is complete or absent.
+
+    Raises:
+        FileFormatError: The file cannot be written.
+    """
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as stream:
+            write(stream)
+        os.replace(unfinished, file)
+    except OSError as error:
+        raise FileFormatError(f"{file}: cannot be written ({error.strerror})") from error
+    finally:
+        with contextlib.suppress(OSError):  # it was never made
+            unfinished.unlink()
+
+
+def to_pixels(images: Tensor) -> Pixels:
+    """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, rounded."""
+    return (
+        images.detach()
+        .cpu()
+        .float()
+        .clamp(-1, 1)
+        .add(1)
+        .mul(127.5)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
+
+
+def write_images(file: Path, images: Tensor, labels: Tensor, columns: int) -> None:
+    """Write images as an npz with ``images`` and ``labels``, or as a grid if ``file`` ends in .png.
+
+    Args:
+        file: Where to.
+        images: (N, C, H, W) in [-1, 1].
+        labels: (N,) int64.
+        columns: Images in a row of the grid.
+
+    Raises:
+        FileFormatError: The file cannot be written.
+        ImportError: A PNG is asked for, and Pillow is not installed.
+    """
+    pixels = to_pixels(images)
+    if file.suffix.lower() == ".png":
+        _write_grid(file, pixels, columns)
+    else:
+        write_file(
+            file, lambda stream: np.savez_compressed(stream, images=pixels, labels=labels.cpu().numpy())
+        )
+
+
+def read_images(file: Path, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Read an npz that ``write_images`` wrote; nothing is unpickled.
+
+    Args:
+        file: The npz.
+        sample_shape: (C, H, W) that the images must have.
+
+    Returns:
+        Images (N, C, H, W) float32 in [-1, 1], labels (N,) int64.
+
+    Raises:
+        FileFormatError: The file is missing, truncated, or holds something else.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            pixels, labels = arrays["images"], arrays["labels"]
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise FileFormatError(
+            f"{file}: cannot be read as an npz with images and labels ({error}); "
+            "write one with pecker-fast sample"
+        ) from error
+    channels, height, width = sample_shape
+    expected = f"images (N, {height}, {width}, {channels}) uint8 and labels (N,) int64"
+    fits = pixels.shape[1:] == (height, width, channels) and pixels.dtype == np.uint8 and len(pixels) > 0
+    if not fits or labels.shape != pixels.shape[:1] or labels.dtype != np.int64:
+        raise FileFormatError(
+            f"{file}: expected {expected}, "
+            f"got {pixels.shape} {pixels.dtype} and {labels.shape} {labels.dtype}"
+        )
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return images, torch.from_numpy(labels)
+
+
+def _write_grid(file: Path, pixels: Pixels, columns: int) -> None:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            "writing a PNG needs Pillow, which is not installed; "
+            "run: pip install pecker_fast[demo], or write an .npz"
+        ) from error
+    count, height, width, channels = pixels.shape
+    if channels not in (1, 3):
+        raise ValueError(f"{file}: a PNG holds 1 or 3 channels, the model has {channels}; write an .npz")
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        grid[top : top + height, left : left + width] = image
+    picture = Image.fromarray(grid[..., 0] if channels == 1 else grid)
+    scale = max(1, 32 // height)  # tiny images are hard to see
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    write_file(file, lambda stream: picture.save(stream, format="png"))

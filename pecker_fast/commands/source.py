@@ -1,0 +1,144 @@
+"""The pretrained diffusion model that a command starts from, and the distiller's settings for it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast import models
+from pecker_fast.config import DistillConfig, MaskConfig
+from pecker_fast.data import load_image_folder
+from pecker_fast.errors import FileFormatError
+from pecker_fast.schedule import NoiseSchedule
+
+# Flag -> field; flags that are not given keep the field's default, which is written down in config.py alone.
+_DISTILL_FIELDS = {
+    "train_batch_size": "batch_size",
+    "forget_batch_size": "forget_batch_size",
+    "generator_lr": "generator_lr",
+    "fake_score_lr": "fake_score_lr",
+    "lr_warmup_steps": "warmup_steps",
+    "weight_decay": "weight_decay",
+    "ema_decay": "ema_decay",
+    "sid_alpha": "sid_alpha",
+    "t_init": "t_init",
+    "t_min": "t_min",
+    "t_max": "t_max",
+    "retain_weight": "retain_weight",
+    "forget_weight": "forget_weight",
+    "seed": "seed",
+}
+_MASK_FIELDS = {
+    "mask": "kind",
+    "mask_density": "density",
+    "block": "block",
+    "mask_scope": "scope",
+    "mask_accumulate": "accumulate",
+    "mask_batches": "batches",
+    "mask_lr_scale": "lr_scale",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A class-conditional diffusion model from a folder."""
+
+    model: nn.Module
+    schedule: NoiseSchedule
+    num_classes: int
+    sample_shape: tuple[int, int, int]
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def torch_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" names.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def load_source(folder: Path, device: str) -> Source:
+    """Read the model that is to forget.
+
+    Raises:
+        FileFormatError: The folder is missing or damaged, or holds no pretrained diffusion model.
+        ValueError: The device does not exist.
+    """
+    config = models.load_config(folder)
+    generation = config["generation"]
+    if generation is None or generation["kind"] != "ddim":
+        kind = "no diffusion model" if generation is None else "a distilled one-step generator"
+        raise FileFormatError(
+            f"{folder}: is {kind}; expected a pretrained diffusion model, whose config.json has "
+            f"generation kind 'ddim', as pecker-fast pretrain writes it"
+        )
+    model = models.load(folder).to(torch_device(device))
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPUs
+    channels, height, width = generation["sample_shape"]
+    schedule = NoiseSchedule.from_dict(generation["schedule"])
+    return Source(model, schedule, config["architecture"]["num_classes"], (channels, height, width))
+
+
+def distill_config(options: argparse.Namespace, source: Source, **mask_changes: Any) -> DistillConfig:
+    """The settings that the flags ask for, checked against the model.
+
+    Raises:
+        ValueError: An unknown class, or a number out of range.
+    """
+    mask = _given(options, _MASK_FIELDS) | mask_changes
+    return DistillConfig(
+        forget=tuple(options.forget_class),
+        override=None if getattr(options, "override_class", None) is None else tuple(options.override_class),
+        num_classes=source.num_classes,
+        sample_shape=source.sample_shape,
+        mask=MaskConfig(**mask),
+        **_given(options, _DISTILL_FIELDS),
+    )
+
+
+def forget_batches(folder: Path, source: Source, config: DistillConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of given images of the classes to forget, for the saliency pass.
+
+    Raises:
+        FileFormatError: The folder is empty, or its classes are not the model's.
+    """
+    channels, size, _ = source.sample_shape
+    data = load_image_folder(folder, image_size=size, channels=channels)
+    if len(data.class_names) != source.num_classes:
+        raise FileFormatError(
+            f"{folder}: expected one folder for each of the model's {source.num_classes} classes, "
+            f"got {len(data.class_names)}"
+        )
+    chosen = torch.isin(data.labels, torch.tensor(config.forget)).nonzero().flatten()
+    generator = torch.Generator().manual_seed(config.seed)
+    size = config.forget_batch_size or config.batch_size
+    draws = [
+        chosen[torch.randint(len(chosen), (size,), generator=generator)] for _ in range(config.mask.batches)
+    ]
+    return ((data.images[draw], data.labels[draw]) for draw in draws)
+
+
+def classes_text(labels: Sequence[int]) -> str:
+    """Labels for a sentence."""
+    return ", ".join(map(str, labels))
+
+
+def _given(options: argparse.Namespace, fields: dict[str, str]) -> dict[str, Any]:
+    values = {field: getattr(options, flag, None) for flag, field in fields.items()}
+    return {field: value for field, value in values.items() if value is not None}

@@ -1,0 +1,7 @@
+"""Readers of labelled images; each returns an `ImageData`."""
+
+from pecker_fast.data.digits import load_digits
+from pecker_fast.data.folder import load_image_folder
+from pecker_fast.data.images import ImageData
+
+__all__ = ["ImageData", "load_digits", "load_image_folder"]

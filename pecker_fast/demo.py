@@ -1,0 +1,379 @@
+"""The demonstration: erase handwritten digits from a small diffusion model, masked, with a random mask, and dense."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast import models, pretrain, report
+from pecker_fast.blocks import Block
+from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.config import DistillConfig, MaskConfig
+from pecker_fast.data import ImageData, load_digits
+from pecker_fast.distiller import MaskedDistiller
+from pecker_fast.flops import count_flops
+from pecker_fast.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    retain_accuracy,
+    unlearning_accuracy,
+    wilson_interval,
+)
+from pecker_fast.models import DDPMUNet, DigitsClassifier
+from pecker_fast.schedule import NoiseSchedule
+
+NUM_CLASSES = 10
+SAMPLE_SHAPE = (1, 8, 8)
+SCHEDULE = NoiseSchedule.linear()
+TARGET = 0.95
+"""Unlearning accuracy and retain accuracy at which a run has reached its target."""
+KINDS = {"masked": "saliency", "random": "random", "dense": "dense"}
+"""Name of a run -> kind of its mask."""
+EVALUATED = {*range(5, 41, 5), *range(50, 101, 10)}
+"""Steps after which a run is evaluated, besides every 25th and the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the demonstration does.
+
+    Attributes:
+        forget: Digits to erase.
+        override: What the model is to draw instead, one for each or one for all; None takes the next retained digit.
+        seed: Of the unlearning runs; teacher and judge are the same for every seed.
+        density: Share of the generator's weights that train in the masked and the random run.
+        block: Blocks of their masks.
+        steps: Iterations of each run.
+        short: A tiny run that shows that everything works, not what it can do.
+        cache_dir: Where teacher and judge are kept; None takes ``default_cache_dir()``.
+        progress: Show progress bars.
+    """
+
+    forget: tuple[int, ...] = (3,)
+    override: tuple[int, ...] | None = None
+    seed: int = 0
+    density: float = 0.25
+    block: Block = "row"
+    steps: int = 150
+    short: bool = False
+    cache_dir: Path | None = None
+    progress: bool = True
+
+    def distill_config(self, kind: str) -> DistillConfig:
+        """Settings of one run; they were found on the digits 0 and 1 (docs/design.md).
+
+        Raises:
+            ValueError: An unknown class, or a density out of range.
+        """
+        override = self.override
+        if override is None and all(0 <= label < NUM_CLASSES for label in self.forget):
+            override = tuple(_next_retained(label, self.forget) for label in self.forget)
+        return DistillConfig(
+            forget=self.forget,
+            override=override,
+            num_classes=NUM_CLASSES,
+            sample_shape=SAMPLE_SHAPE,
+            batch_size=64,
+            forget_batch_size=16,
+            mask=MaskConfig(
+                kind=kind,  # type: ignore[arg-type]
+                density=self.density,
+                block=self.block,
+                accumulate="square",
+                batches=8,
+                lr_scale="mass",
+            ),
+            generator_lr=5e-4,
+            fake_score_lr=5e-4,
+            clip_value=None,
+            warmup_steps=10,
+            ema_decay=0.98,
+            sid_alpha=1.0,
+            t_init=500,
+            t_min=20,
+            t_max=700,
+            forget_weight=0.05,
+            seed=self.seed,
+        )
+
+
+# -- teacher and judge --------------------------------------------------------------------------------------------------
+
+
+def default_cache_dir() -> Path:
+    """``$PECKER_FAST_CACHE``, or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PECKER_FAST_CACHE") or Path(base) / "pecker_fast")
+
+
+def load_data() -> ImageData:
+    """The real digits."""
+    return load_digits()
+
+
+def load_teacher(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> nn.Module:
+    """The pretrained diffusion model of digits, from the cache or trained now (about a minute)."""
+    settings = {"steps": 60 if short else 1200, "batch_size": 128, "learning_rate": 3e-3, "ema_decay": 0.998, "seed": 0}
+    model = DDPMUNet.digits()
+
+    def train() -> nn.Module:
+        return pretrain.train_denoiser(model, load_data(), SCHEDULE, progress=progress, **settings)  # type: ignore[arg-type]
+
+    generation = {"kind": "ddim", "steps": 20, "schedule": SCHEDULE.to_dict(), "sample_shape": list(SAMPLE_SHAPE)}
+    return _cached("teacher", {**settings, **model.config}, cache_dir, train, generation)
+
+
+def load_judge(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> DigitsClassifier:
+    """The classifier that judges images, trained on four fifths of the real digits, from the cache or trained now."""
+    settings = {"steps": 60 if short else 600, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
+    model = DigitsClassifier()
+
+    def train() -> nn.Module:
+        return pretrain.train_classifier(model, load_data().split()[0], progress=progress, **settings)  # type: ignore[arg-type]
+
+    judge = _cached("judge", {**settings, **model.config}, cache_dir, train, None)
+    assert isinstance(judge, DigitsClassifier)  # noqa: S101 - for the type checker
+    return judge
+
+
+def _cached(
+    name: str,
+    settings: dict[str, Any],
+    cache_dir: Path | None,
+    train: Callable[[], nn.Module],
+    generation: dict[str, Any] | None,
+) -> nn.Module:
+    """A trained network by its settings: loaded if it is there, trained and kept if not."""
+    key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode()).hexdigest()[:12]
+    folder = (cache_dir or default_cache_dir()) / f"digits-{name}-{key}"
+    if not folder.exists():
+        models.save(train(), folder, generation)
+    return models.load(folder).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+# -- judging ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate_images(
+    images: Tensor, labels: Tensor, judge: DigitsClassifier, data: ImageData, forget: tuple[int, ...]
+) -> dict[str, Any]:
+    """Judge generated images.
+
+    Args:
+        images: (N, 1, 8, 8), about [-1, 1].
+        labels: Digits they were asked for, (N,).
+        judge: The classifier.
+        data: Real digits to compare with.
+        forget: The forgotten digits.
+
+    Returns:
+        "unlearning_accuracy" with its 95 % interval "unlearning_accuracy_ci95", "retain_accuracy", and
+        "frechet_distance" of the retained digits to the real ones in the judge's features (not FID).
+    """
+    features = judge.features(images.clamp(-1, 1))
+    predictions = judge.head(features).argmax(1)
+    forgotten = torch.isin(labels, torch.tensor(forget))
+    unlearned = unlearning_accuracy(predictions[forgotten], forget)
+    count = int(forgotten.sum())
+    generated, real = FeatureStatistics(), FeatureStatistics()
+    generated.update(features[~forgotten])
+    real.update(judge.features(data.images[~torch.isin(data.labels, torch.tensor(forget))]))
+    return {
+        "unlearning_accuracy": unlearned,
+        "unlearning_accuracy_ci95": list(wilson_interval(round(unlearned * count), count)),
+        "retain_accuracy": retain_accuracy(predictions[~forgotten], labels[~forgotten]),
+        "frechet_distance": frechet_distance(generated, real),
+    }
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Judges a distiller's samples from one fixed noise."""
+
+    judge: DigitsClassifier
+    data: ImageData
+    forget: tuple[int, ...]
+    samples: int
+
+    def images(self, distiller: MaskedDistiller) -> tuple[Tensor, Tensor]:
+        """``samples`` images of every digit, and their labels."""
+        labels = torch.arange(NUM_CLASSES).repeat_interleave(self.samples)
+        return distiller.sample(labels, seed=1234), labels
+
+    def __call__(self, distiller: MaskedDistiller) -> dict[str, Any]:
+        """See ``evaluate_images``."""
+        return evaluate_images(*self.images(distiller), self.judge, self.data, self.forget)
+
+
+# -- one run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One finished run: its figures, what they were on the way, its distiller."""
+
+    figures: dict[str, Any]
+    curve: list[dict[str, Any]]
+    distiller: MaskedDistiller
+
+
+def run_one(teacher: nn.Module, config: DistillConfig, steps: int, evaluator: Evaluator, progress: bool = True) -> Run:
+    """Distil once; times and FLOPs include the mask, and leave out the evaluation."""
+    distiller = MaskedDistiller(teacher, SCHEDULE, config)
+    before = {name: weight.clone() for name, weight in distiller.generator.state_dict().items()}
+    started = time.perf_counter()
+    with count_flops() as mask_flops:
+        mask = distiller.build_mask()
+    mask_seconds = seconds = time.perf_counter() - started
+
+    curve: list[dict[str, Any]] = []
+    step_flops = 0
+    for step, elapsed, flops in _timed_steps(distiller, steps, progress):
+        seconds += elapsed
+        step_flops = flops or step_flops
+        if step in EVALUATED or step % 25 == 0 or step == steps:
+            curve.append({"step": step, "seconds": seconds, **evaluator(distiller)})
+    after = distiller.generator.state_dict()
+    final = dataclasses.replace(evaluator, samples=3 * evaluator.samples)(distiller)
+    figures = {
+        "density": mask.density,
+        "steps": steps,
+        "images_seen": steps * 2 * (config.batch_size + (config.forget_batch_size or config.batch_size)),
+        "seconds": seconds,
+        "mask_seconds": mask_seconds,
+        "flops": mask_flops.total + steps * step_flops,
+        **final,
+        **_target(curve),
+        "trainable_parameters": distiller.active.numel,
+        "changed_parameters": sum(int((after[name] != weight).sum()) for name, weight in before.items()),
+        "learning_rate": config.generator_lr * distiller.lr_scale,
+    }
+    return Run(figures, curve, distiller)
+
+
+def _timed_steps(distiller: MaskedDistiller, steps: int, progress: bool) -> Iterator[tuple[int, float, int]]:
+    """Number of each step, its seconds, and for the second one its FLOPs, which are those of every step.
+
+    Counting slows a step down, so the counted one is given the time of the step before it.
+    """
+    run = distiller.run(steps, progress=progress)
+    elapsed = 0.0
+    for step in range(1, steps + 1):
+        counting = step == min(2, steps)
+        started = time.perf_counter()
+        if counting:
+            with count_flops() as counted:
+                next(run)
+        else:
+            next(run)
+        if not counting or steps == 1:
+            elapsed = time.perf_counter() - started
+        yield step, elapsed, counted.total if counting else 0
+    run.close()
+
+
+def _target(curve: list[dict[str, Any]]) -> dict[str, Any]:
+    """When both accuracies were reached first, and the worst state from there on."""
+    names = ("unlearning_accuracy", "retain_accuracy")
+    reached = next((i for i, point in enumerate(curve) if min(point[name] for name in names) >= TARGET), None)
+    if reached is None:
+        return {"steps_to_target": None, "worst_after_target": None}
+    rest = curve[reached:]
+    worst = {name: min(point[name] for point in rest) for name in names}
+    worst["frechet_distance"] = max(point["frechet_distance"] for point in rest)
+    return {"steps_to_target": curve[reached]["step"], "worst_after_target": worst}
+
+
+# -- the whole ----------------------------------------------------------------------------------------------------------
+
+
+def plan(config: DemoConfig) -> dict[str, Any]:
+    """What ``run_demo`` would do; nothing is trained or written."""
+    settings = {name: config.distill_config(kind).to_dict() for name, kind in KINDS.items()}
+    parameters = sum(p.numel() for p in DDPMUNet.digits().parameters())
+    return {"steps": config.steps, "model_parameters": parameters, "runs": settings, "short": config.short}
+
+
+def run_demo(config: DemoConfig, output_dir: Path) -> dict[str, Any]:
+    """Train or load teacher and judge, erase the digits three times with the same budget, and write what came out.
+
+    Args:
+        config: What to erase, and how.
+        output_dir: Gets report.html, three pictures, metrics.json, model/ and mask.safetensors of the masked run.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        ValueError: An unknown class, or a density out of range.
+        FileFormatError: ``output_dir`` cannot be written; nothing is left behind.
+    """
+    settings = {name: config.distill_config(kind) for name, kind in KINDS.items()}
+    with atomic_folder(output_dir) as folder:  # before the minutes of training: an unwritable place is known at once
+        data = load_data()
+        judge = load_judge(config.cache_dir, config.progress, config.short)
+        teacher = load_teacher(config.cache_dir, config.progress, config.short)
+        steps = 4 if config.short else config.steps
+        evaluator = Evaluator(judge, data, config.forget, 20 if config.short else 100)
+        start = MaskedDistiller(teacher, SCHEDULE, settings["dense"])
+        before = dataclasses.replace(evaluator, samples=3 * evaluator.samples)(start)
+        runs = {name: run_one(teacher, c, steps, evaluator, config.progress) for name, c in settings.items()}
+        metrics = {
+            "forget_class": list(config.forget),
+            "override_class": list(settings["masked"].override or ()),
+            "seed": config.seed,
+            "runs": {name: run.figures for name, run in runs.items()},
+            "before": before,
+            "settings": {name: c.to_dict() for name, c in settings.items()},
+            "versions": versions(),
+        }
+        runs["masked"].distiller.save(folder)
+        write_json(folder / "metrics.json", metrics)
+        report.write_report(
+            folder,
+            metrics,
+            _picture(evaluator, start),
+            _picture(evaluator, runs["masked"].distiller),
+            {name: run.curve for name, run in runs.items()},
+            {name: dict(_mask(runs[name]).layer_densities) for name in ("masked", "random")},
+            data.class_names,
+        )
+    return metrics
+
+
+def versions() -> dict[str, str]:
+    """What the figures were measured with."""
+    import pecker_fast
+
+    return {
+        "pecker_fast": pecker_fast.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _picture(evaluator: Evaluator, distiller: MaskedDistiller) -> Tensor:
+    images, _ = dataclasses.replace(evaluator, samples=8).images(distiller)
+    return images.clamp(-1, 1).view(NUM_CLASSES, 8, *SAMPLE_SHAPE)
+
+
+def _mask(run: Run) -> Any:
+    return run.distiller.mask
+
+
+def _next_retained(label: int, forget: tuple[int, ...]) -> int:
+    following = [(label + i) % NUM_CLASSES for i in range(1, NUM_CLASSES)]
+    return next((other for other in following if other not in forget), label)

@@ -1,0 +1,362 @@
+"""MaskedDistiller: Score Forgetting Distillation of a one-step generator whose active weights alone train."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pecker_fast.active import ActiveParameters, apply_mask
+from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.config import DistillConfig
+from pecker_fast.errors import NonFiniteError
+from pecker_fast.mask import BlockMask
+from pecker_fast.models import storage
+from pecker_fast.objectives import denoising_loss, sid_loss
+from pecker_fast.optim import MaskedAdamW
+from pecker_fast.saliency import compute_saliency
+from pecker_fast.sampling import one_step_sample
+from pecker_fast.schedule import NoiseSchedule
+from pecker_fast.score_model import predictor
+
+
+class MaskedDistiller:
+    """Erase classes from a diffusion model by distilling it into a one-step generator that does not know them.
+
+    Three copies of one network (Chen et al. 2024, arXiv 2409.11219): the frozen true score, a fake score that follows
+    the generator's samples, and the generator, of which only the weights under the mask train (PECKER, arXiv
+    2604.05634). It needs no images: labels are drawn, samples are the generator's own.
+
+    One ``step`` is one published iteration: the fake score on a batch of retained and a batch of forgotten classes,
+    then the generator on two fresh ones, where the true score is asked for the override class instead of the forgotten.
+
+    Args:
+        true_score: The pretrained network; see ``score_model.predictor`` for what is understood. It is frozen, put in
+            eval mode, and otherwise unchanged.
+        schedule: The noise schedule it was trained with.
+        config: What to forget, and how.
+        generator: Where the one-step generator starts; None starts from the true score itself.
+
+    Raises:
+        ValueError: ``config`` names timesteps that the schedule does not have.
+    """
+
+    def __init__(
+        self,
+        true_score: nn.Module,
+        schedule: NoiseSchedule,
+        config: DistillConfig,
+        *,
+        generator: nn.Module | None = None,
+    ) -> None:
+        last = max(config.t_init, config.t_max - 1)
+        if last >= schedule.num_train_timesteps:
+            raise ValueError(
+                f"DistillConfig: t_init={config.t_init} and t_max={config.t_max} reach timestep {last}, but the "
+                f"schedule has {schedule.num_train_timesteps}"
+            )
+        self.schedule = schedule
+        self.config = config
+        self._predict = predictor(true_score)
+        self.generator = copy.deepcopy(true_score if generator is None else generator)
+        self.fake_score = copy.deepcopy(true_score).requires_grad_(True)
+        self.true_score = true_score.eval().requires_grad_(False)
+        weight = next(true_score.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.rng = torch.Generator(self.device).manual_seed(config.seed)
+        self.steps_done = 0
+        self.mask: BlockMask | None = None
+
+    # -- the mask ---------------------------------------------------------------------------------------------------
+
+    def build_mask(self, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> BlockMask:
+        """Choose the generator's active weights as ``config.mask`` says, and get everything ready to train.
+
+        The saliency mask is PECKER's: the generator frozen, the noise-prediction loss on the classes to forget.
+
+        Args:
+            batches: Images of classes to forget, (x0, labels) each; None takes samples of the generator.
+
+        Returns:
+            The mask.
+        """
+        mask = self.config.mask
+        if mask.kind == "dense":
+            return self.use_mask(BlockMask.dense(self.generator))
+        if mask.kind == "random":
+            return self.use_mask(BlockMask.random(self.generator, mask.density, mask.block, self.config.seed))
+        if batches is None:
+            batches = (self._forget_batch() for _ in range(mask.batches))
+        saliency = compute_saliency(self.generator, self._saliency_loss, batches, mask.accumulate)
+        return self.use_mask(BlockMask.from_saliency(saliency, mask.density, mask.block, mask.scope))
+
+    def use_mask(self, mask: BlockMask) -> BlockMask:
+        """Train with a given mask, for example one read from a file.
+
+        Raises:
+            RuntimeError: A mask is in use already.
+            ValueError: It was made for another network.
+        """
+        if self.mask is not None:
+            raise RuntimeError("the distiller has a mask already; make a new MaskedDistiller for another one")
+        config = self.config
+        self.active = apply_mask(self.generator, mask)
+        self.mask = mask
+        self.generator_optimizer = self._optimizer(self.active, config.generator_lr, config.ema_decay)
+        fake_active = apply_mask(self.fake_score, BlockMask.dense(self.fake_score), unmaskable="dense")
+        self.fake_score_optimizer = self._optimizer(fake_active, config.fake_score_lr, None)
+        return mask
+
+    def _optimizer(self, active: ActiveParameters, lr: float, ema_decay: float | None) -> MaskedAdamW:
+        config = self.config
+        return MaskedAdamW(
+            active,
+            lr,
+            config.betas,
+            config.eps,
+            config.weight_decay,
+            clip_value=config.clip_value,
+            ema_decay=ema_decay,
+        )
+
+    @property
+    def lr_scale(self) -> float:
+        """What ``config.mask.lr_scale`` makes of the generator's learning rate: 1 / sqrt(mass * density), or 1."""
+        if self.mask is None or self.config.mask.lr_scale == "none":
+            return 1.0
+        density = self.mask.density
+        mass = density if self.mask.mass is None else self.mask.mass  # chance has as much mass as density
+        return 1 / math.sqrt(mass * density)
+
+    def _forget_batch(self) -> tuple[Tensor, Tensor]:
+        labels = self._draw(self.config.forget, self._forget_batch_size)
+        with torch.no_grad():
+            return self._generate(labels), labels
+
+    def _saliency_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x0, labels = (tensor.to(self.device) for tensor in batch)
+        t = torch.randint(self.schedule.num_train_timesteps, (len(x0),), generator=self.rng, device=self.device)
+        epsilon = self._noise(x0.shape)
+        return denoising_loss(epsilon, self._predict(model, self.schedule.add_noise(x0, epsilon, t), t, labels)).mean()
+
+    # -- one iteration ----------------------------------------------------------------------------------------------
+
+    def step(self) -> dict[str, Tensor]:
+        """One iteration: an update of the fake score, then one of the generator.
+
+        Returns:
+            "fake_score_loss" and "generator_loss", detached 0-d tensors; reading their values waits for the device.
+        """
+        if self.mask is None:
+            self.build_mask()
+        metrics = {"fake_score_loss": self._update_fake_score(), "generator_loss": self._update_generator()}
+        self.steps_done += 1
+        return metrics
+
+    def run(self, steps: int, *, progress: bool = True) -> Iterator[dict[str, float]]:
+        """Iterate ``steps`` times, with a progress bar.
+
+        Yields:
+            After every step: "step" (counted over the distiller's life) and the losses.
+
+        Raises:
+            NonFiniteError: A loss is NaN or infinite.
+        """
+        for _ in tqdm(range(steps), desc="unlearn", unit="step", disable=not progress):
+            metrics = {name: float(value) for name, value in self.step().items()}
+            for name, value in metrics.items():
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"step {self.steps_done}: {name} is {value}; lower the learning rates or raise warmup_steps"
+                    )
+            yield {"step": self.steps_done, **metrics}
+
+    def _update_fake_score(self) -> Tensor:
+        """The fake score learns the generator's samples: noise prediction on x0 = G(z, c), the generator fixed."""
+        optimizer = self.fake_score_optimizer
+        self.generator.eval()
+        self.fake_score.train()
+        optimizer.active.requires_grad_(True)
+        optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for labels, _, weight in self._branches():
+            with torch.no_grad():
+                x0 = self._generate(labels)
+            x_t, t, epsilon = self._diffuse(x0)
+            loss = weight * denoising_loss(epsilon, self._predict(self.fake_score, x_t, t, labels)).mean()
+            loss.backward()
+            total += loss.detach()
+        self._step(optimizer, self.config.fake_score_lr)
+        return total
+
+    def _update_generator(self) -> Tensor:
+        """The generator moves its samples to where the true score, asked for the target class, wants them."""
+        optimizer = self.generator_optimizer
+        self.generator.train()
+        self.fake_score.eval()
+        self.fake_score_optimizer.active.requires_grad_(False)
+        optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for labels, targets, weight in self._branches():
+            x_t, t, epsilon = self._diffuse(self._generate(labels))
+            epsilon_true = self._predict(self.true_score, x_t, t, targets)
+            epsilon_fake = self._predict(self.fake_score, x_t, t, labels)
+            sigma = self.schedule.sigma(t, epsilon).flatten()
+            loss = weight * sid_loss(epsilon, epsilon_true, epsilon_fake, sigma, self.config.sid_alpha).mean()
+            loss.backward()
+            total += loss.detach()
+        self._step(optimizer, self.config.generator_lr * self.lr_scale)
+        return total
+
+    def _branches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Retained classes, then forgotten ones: labels, what the true score is asked for, weight of the loss."""
+        config = self.config
+        labels = self._draw(config.retained, config.batch_size)
+        yield labels, labels, config.retain_weight
+        labels = self._draw(config.forget, self._forget_batch_size)
+        yield labels, self._override(labels), config.forget_weight
+
+    def _override(self, labels: Tensor) -> Tensor:
+        config = self.config
+        if config.override is None:
+            return self._draw(config.retained, len(labels))
+        overrides = config.override if len(config.override) > 1 else config.override * len(config.forget)
+        table = torch.arange(config.num_classes, device=self.device)
+        table[list(config.forget)] = torch.tensor(overrides, device=self.device)
+        return table[labels]
+
+    def _generate(self, labels: Tensor) -> Tensor:
+        """One-step samples: x0 = (b z - b eps(b z, t_init, c)) / a = sigma_init (z - eps)."""
+        t_init = self.config.t_init
+        x_init = self.schedule.std(t_init) * self._noise((len(labels), *self.config.sample_shape))
+        t = torch.full((len(labels),), t_init, device=self.device)
+        return self.schedule.predict_x0(x_init, self._predict(self.generator, x_init, t, labels), t_init)
+
+    def _diffuse(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        t = torch.randint(self.config.t_min, self.config.t_max, (len(x0),), generator=self.rng, device=self.device)
+        epsilon = self._noise(x0.shape)
+        return self.schedule.add_noise(x0, epsilon, t), t, epsilon
+
+    def _noise(self, shape: tuple[int, ...]) -> Tensor:
+        """Standard normal noise; the same draw whatever the networks' dtype."""
+        return torch.randn(shape, generator=self.rng, device=self.device).to(self.dtype)
+
+    def _draw(self, labels: tuple[int, ...], count: int) -> Tensor:
+        index = torch.randint(len(labels), (count,), generator=self.rng, device=self.device)
+        return torch.tensor(labels, device=self.device)[index]
+
+    @property
+    def _forget_batch_size(self) -> int:
+        return self.config.forget_batch_size or self.config.batch_size
+
+    def _step(self, optimizer: MaskedAdamW, lr: float) -> None:
+        warmup = self.config.warmup_steps
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (self.steps_done + 1) / warmup) if warmup else lr
+        optimizer.step()
+
+    # -- what comes out ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self, condition: Tensor | list[int] | int, *, noise: Tensor | None = None, seed: int | None = None
+    ) -> Tensor:
+        """One-step samples of the generator's running average, in eval mode; training is not disturbed.
+
+        Args:
+            condition: Classes, (batch,) or a single one.
+            noise: Standard normal start, (batch, *sample_shape); None draws it.
+            seed: Of that draw; None takes the global random state.
+
+        Returns:
+            (batch, *sample_shape), about [-1, 1].
+        """
+        labels = torch.as_tensor(condition, device=self.device).reshape(-1)
+        if noise is None:
+            rng = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+            shape = (len(labels), *self.config.sample_shape)
+            noise = torch.randn(shape, generator=rng, device=self.device).to(self.dtype)
+        with self.averaged() as generator:
+            predict = functools.partial(self._predict, generator)
+            return one_step_sample(predict, self.schedule, noise, labels, t_init=self.config.t_init)
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Within the block the generator has its running-average weights and is in eval mode."""
+        training = self.generator.training
+        ema = self.mask is not None and self.active.ema is not None
+        try:
+            self.generator.eval()
+            with self.active.ema_weights() if ema else nullcontext():
+                yield self.generator
+        finally:
+            self.generator.train(training)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``model/`` (the averaged generator), ``mask.safetensors`` and ``distill_config.json`` into ``folder``.
+
+        ``pecker_fast.models.load(folder / "model")`` reads a DDPMUNet back, diffusers' ``from_pretrained`` its own
+        models; of any other module ``model/`` holds the weights, to be loaded into it with safetensors.
+
+        Raises:
+            FileFormatError: The folder cannot be written; an older model in it stays as it was.
+            RuntimeError: There is no mask yet.
+        """
+        if self.mask is None:
+            raise RuntimeError("nothing to save: call build_mask() and step() first")
+        with atomic_folder(folder) as unfinished, self.averaged() as generator:
+            (unfinished / "model").mkdir()
+            storage.write_model(generator, unfinished / "model", self.generation)
+            self.mask.save(unfinished / "mask.safetensors")
+            write_json(unfinished / "distill_config.json", self.config.to_dict())
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """How to sample from the saved generator, for its ``config.json``."""
+        return {
+            "kind": "one_step",
+            "t_init": self.config.t_init,
+            "schedule": self.schedule.to_dict(),
+            "sample_shape": list(self.config.sample_shape),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on: tensors, numbers and strings only."""
+        if self.mask is None:
+            raise RuntimeError("no state yet: call build_mask() first")
+        tensors, header = self.mask.to_tensors()
+        return {
+            "steps_done": self.steps_done,
+            "mask": tensors,
+            "mask_header": header,
+            "generator": self.generator.state_dict(),
+            "fake_score": self.fake_score.state_dict(),
+            "generator_optimizer": self.generator_optimizer.state_dict(),
+            "fake_score_optimizer": self.fake_score_optimizer.state_dict(),
+            "rng": self.rng.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken; the next step is the same to the bit (dropout draws apart).
+
+        Raises:
+            ValueError: The state has another mask than the one in use.
+        """
+        mask = BlockMask.from_tensors(state["mask"], state["mask_header"])
+        if self.mask is None:
+            self.use_mask(mask)
+        elif self.mask != mask:
+            raise ValueError("the state was saved with another mask; load it into a new MaskedDistiller")
+        self.generator.load_state_dict(state["generator"])
+        self.fake_score.load_state_dict(state["fake_score"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        self.fake_score_optimizer.load_state_dict(state["fake_score_optimizer"])
+        self.rng.set_state(state["rng"])
+        self.steps_done = state["steps_done"]

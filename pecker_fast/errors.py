@@ -1,0 +1,13 @@
+"""The errors that callers may want to tell apart; anything else is an ordinary ``ValueError`` or the like."""
+
+
+class PeckerFastError(Exception):
+    """Base class of the errors raised by this package alone."""
+
+
+class FileFormatError(PeckerFastError, ValueError):
+    """A file or folder is missing, truncated, foreign or unwritable (exit code 3 of the command line)."""
+
+
+class NonFiniteError(PeckerFastError, ArithmeticError):
+    """A loss, gradient or statistic became NaN or infinite (exit code 4 of the command line)."""

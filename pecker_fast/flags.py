@@ -1,0 +1,159 @@
+"""Flags that commands share, and the values that they take."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pecker_fast.blocks import Block
+
+BLOCK_HELP = "row, element, auto, or OUTxIN such as 64x64 ({})"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; exact flags only, so that a mistyped one is never taken for another."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Arguments are ``ArgumentParser``'s."""
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is, and end with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """A command with the flags that all have, and an example under its help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the result as JSON on stdout, and nothing else there"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="show settings, sizes and files to write; touch nothing"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")
+    return parser
+
+
+def source_flag(parser: argparse.ArgumentParser) -> None:
+    """The model to start from."""
+    parser.add_argument(
+        "--pretrained_model_name_or_path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the diffusion model's folder",
+    )
+
+
+def forget_flag(parser: argparse.ArgumentParser, default: list[int] | None = None) -> None:
+    """Classes to forget, required unless there is a default."""
+    shown = f" ({default[0]})" if default else ""
+    parser.add_argument(
+        "--forget_class",
+        type=int,
+        nargs="+",
+        default=default,
+        required=default is None,
+        metavar="C",
+        help=f"classes to forget{shown}",
+    )
+
+
+def override_flag(parser: argparse.ArgumentParser) -> None:
+    """What takes their place."""
+    parser.add_argument(
+        "--override_class",
+        type=int,
+        nargs="+",
+        metavar="C",
+        help="what to draw instead: one for each, or one for all",
+    )
+
+
+def density_flag(parser: argparse.ArgumentParser, default: float | None) -> None:
+    """How many weights train."""
+    shown = "" if default is None else f" ({default:g})"
+    parser.add_argument(
+        "--mask_density",
+        "--density",
+        type=float,
+        default=default,
+        metavar="X",
+        help=f"share of all weights that train, above 0 and at most 1{shown}",
+    )
+
+
+def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
+    """Which weights train; what is not given is left to ``MaskConfig``."""
+    add = parser.add_argument
+    add("--mask", choices=kinds, help="which weights train (saliency)")
+    density_flag(parser, None)
+    add("--block", type=block, metavar="BLOCK", help=BLOCK_HELP.format("auto"))
+    add(
+        "--mask_scope",
+        choices=("global", "layer"),
+        help="rank over the whole network or within layers (global)",
+    )
+    add(
+        "--mask_accumulate", choices=("signed_sum", "abs", "square"), help="how gradients add up (signed_sum)"
+    )
+    add("--mask_batches", type=positive_int, metavar="N", help="batches of the saliency pass")
+    add("--mask_lr_scale", choices=("mass", "none"), help="scale the learning rate to the mask (none)")
+
+
+def cache_flags(parser: argparse.ArgumentParser) -> None:
+    """The networks of the digits."""
+    parser.add_argument(
+        "--cache_dir", type=Path, metavar="DIR", help="where the trained digits model and judge are kept"
+    )
+    parser.add_argument("--short", action="store_true", help="tiny trainings, to see that everything works")
+
+
+def device_flag(parser: argparse.ArgumentParser) -> None:
+    """Where the networks run."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA if there is any)"
+    )
+
+
+def positive_int(text: str) -> int:
+    """An integer from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """An integer from 0 that torch takes as a seed."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def block(text: str) -> Block:
+    """A block's name, or its size as OUTxIN."""
+    if text in ("row", "element", "auto"):
+        return text  # type: ignore[return-value]
+    out, _, inside = text.partition("x")
+    if not (out.isdecimal() and inside.isdecimal() and int(out) and int(inside)):
+        raise argparse.ArgumentTypeError(f"expected row, element, auto or OUTxIN such as 64x64, got {text!r}")
+    return int(out), int(inside)

@@ -1,0 +1,265 @@
+"""Layers whose forward is unchanged and whose backward computes what the active blocks need, and no more.
+
+A masked layer keeps its dense weight under its own name, frozen for autograd, and beside it one parameter
+``<name>_active`` with the active weights alone: that one gets gradients and is what an optimizer sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pecker_fast.blocks import ParameterMask
+from pecker_fast.functional import link, masked_conv2d, masked_linear, require_grad_like
+
+SUFFIX = "_active"
+
+
+class MaskedLayer(nn.Module):
+    """What all masked layers share: their masks, and how masters move, save and load.
+
+    Attributes:
+        masks: Own name of a weight -> its active blocks; only weights that have some.
+        channels_last: Own name of a weight -> order of its active weights, as in ``ParameterMask.index``.
+    """
+
+    masks: dict[str, ParameterMask]
+    channels_last: dict[str, bool]
+
+    def master(self, name: str) -> nn.Parameter | None:
+        """The active weights of ``name``, or None if it is frozen."""
+        return self._parameters.get(name + SUFFIX)
+
+    def linked(self, name: str) -> Tensor | None:
+        """The dense weight, with gradients for its active blocks."""
+        dense, master = self._parameters[name], self.master(name)
+        if dense is None or master is None:
+            return dense
+        return link(dense, master, self.masks[name], self.channels_last[name])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLayer:
+        """Masters follow the device, never the dtype: ``.half()`` narrows the dense weights only."""
+        masters = {name + SUFFIX: self._parameters.pop(name + SUFFIX) for name in self.masks}
+        super()._apply(fn, recurse)
+        for name, master in masters.items():
+            if master is not None:
+                device = fn(master.detach().new_empty(0)).device
+                if device != master.device:
+                    master.data = master.data.to(device)
+                    master.grad = None if master.grad is None else master.grad.to(device)
+            self._parameters[name] = master
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The keys are those of the dense model: masters are a part of the dense weights."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.masks:
+            destination.pop(prefix + name + SUFFIX, None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """A dense checkpoint loads strictly: masters are gathered from its dense weights."""
+        gathered = []
+        for name, mask in self.masks.items():
+            dense = state_dict.get(prefix + name)
+            if dense is not None and tuple(dense.shape) == mask.grid.shape:
+                master = cast(nn.Parameter, self.master(name))
+                active = mask.gather(dense.detach(), self.channels_last[name])
+                state_dict[prefix + name + SUFFIX] = active.to(master.dtype).view(master.shape)
+                gathered.append(prefix + name + SUFFIX)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for name in self.masks:
+            key = prefix + name + SUFFIX
+            if key in missing_keys:  # its dense weight is missing too, and that is reported
+                missing_keys.remove(key)
+        for key in gathered:
+            del state_dict[key]
+
+
+class MaskedLinear(MaskedLayer, nn.Linear):
+    """``nn.Linear`` with a weight gradient for active blocks only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Linear``."""
+        master = self.master("weight")
+        if master is None or not _masked_gradient_pays(self.masks["weight"]):
+            return F.linear(input, cast(Tensor, self.linked("weight")), self.linked("bias"))
+        bias = self.linked("bias")
+        context, (input, weight, bias) = _autocast(input, self.weight, bias)
+        with context:
+            return masked_linear(
+                cast(Tensor, input), cast(Tensor, weight), master, bias, self.masks["weight"], self.channels_last["weight"]
+            )
+
+
+class MaskedConv2d(MaskedLayer, nn.Conv2d):
+    """``nn.Conv2d`` with a weight gradient for active blocks only; keeps its input for backward only if there are any."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Conv2d``."""
+        master = self.master("weight")
+        if master is not None and not _masked_gradient_pays(self.masks["weight"]):
+            return self._conv_forward(input, cast(Tensor, self.linked("weight")), self.linked("bias"))
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            if isinstance(padding, str) or self.padding_mode != "zeros":
+                input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
+            padding = (0, 0)
+        context, (x, weight, bias) = _autocast(input, self.weight, self.linked("bias"))
+        with context:
+            return masked_conv2d(
+                cast(Tensor, x),
+                cast(Tensor, weight),
+                master,
+                bias,
+                self.masks.get("weight"),
+                self.channels_last.get("weight", False),
+                (self.stride, padding, self.dilation, self.groups),
+            )
+
+
+class MaskedEmbedding(MaskedLayer, nn.Embedding):
+    """``nn.Embedding`` whose active rows train."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Embedding``."""
+        return F.embedding(input, cast(Tensor, self.linked("weight")), self.padding_idx)
+
+
+class MaskedGroupNorm(MaskedLayer, nn.GroupNorm):
+    """``nn.GroupNorm`` whose weight and bias are a block each."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.GroupNorm``, kept away from a crash of torch's CPU backward.
+
+        With channels-last input that needs no gradient while weight or bias do (the first norm above a frozen prefix)
+        torch 2.13 ends in a segmentation fault; an input that asks for a gradient takes another path.
+        """
+        weight, bias = self.linked("weight"), self.linked("bias")
+        wanted = next((p for p in (weight, bias) if p is not None and p.requires_grad), None)
+        if wanted is not None and not input.requires_grad and input.dim() == 4 and input.device.type == "cpu":
+            input = require_grad_like(input, wanted)
+        return F.group_norm(input, self.num_groups, weight, bias, self.eps)
+
+
+class MaskedLayerNorm(MaskedLayer, nn.LayerNorm):
+    """``nn.LayerNorm`` whose weight and bias are a block each."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.LayerNorm``."""
+        return F.layer_norm(input, self.normalized_shape, self.linked("weight"), self.linked("bias"), self.eps)
+
+
+class MaskedRMSNorm(MaskedLayer, nn.RMSNorm):
+    """``nn.RMSNorm`` whose weight is one block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As ``nn.RMSNorm``."""
+        return F.rms_norm(x, self.normalized_shape, self.linked("weight"), self.eps)
+
+
+class _MaskedBatchNorm(MaskedLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        """As the batch norm it stands for."""
+        norm = cast(nn.BatchNorm2d, self)
+        norm._check_input_dim(input)
+        use_batch = norm.training or norm.running_mean is None
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:  # a cumulative average
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        keep = not norm.training or norm.track_running_stats
+        return F.batch_norm(
+            input,
+            norm.running_mean if keep else None,
+            norm.running_var if keep else None,
+            self.linked("weight"),
+            self.linked("bias"),
+            use_batch,
+            momentum,
+            norm.eps,
+        )
+
+
+class MaskedBatchNorm1d(_MaskedBatchNorm, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` whose weight and bias are a block each."""
+
+
+class MaskedBatchNorm2d(_MaskedBatchNorm, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` whose weight and bias are a block each."""
+
+
+class MaskedBatchNorm3d(_MaskedBatchNorm, nn.BatchNorm3d):
+    """``nn.BatchNorm3d`` whose weight and bias are a block each."""
+
+
+MASKED_CLASSES: Mapping[type[nn.Module], type[MaskedLayer]] = {
+    nn.Linear: MaskedLinear,
+    nn.Conv2d: MaskedConv2d,
+    nn.Embedding: MaskedEmbedding,
+    nn.GroupNorm: MaskedGroupNorm,
+    nn.LayerNorm: MaskedLayerNorm,
+    nn.RMSNorm: MaskedRMSNorm,
+    nn.BatchNorm1d: MaskedBatchNorm1d,
+    nn.BatchNorm2d: MaskedBatchNorm2d,
+    nn.BatchNorm3d: MaskedBatchNorm3d,
+}
+"""Which class stands in for which; the same object changes its class, so hooks and references to it stay valid."""
+
+DENSE_ABOVE = 0.6
+"""Density of a weight above which one dense gradient, gathered, costs less than one for its active blocks."""
+
+
+def mask_layer(module: nn.Module, masks: Mapping[str, ParameterMask], dtype: torch.dtype) -> None:
+    """Turn ``module`` into a masked layer, in place; ``masks`` are those of its weights that have active blocks."""
+    module.__class__ = MASKED_CLASSES[type(module)]
+    layer = cast(MaskedLayer, module)
+    layer.masks = dict(masks)
+    layer.channels_last = {name: is_channels_last(getattr(layer, name)) for name in masks}
+    for name, mask in masks.items():
+        active = mask.gather(getattr(layer, name).detach(), layer.channels_last[name])
+        layer.register_parameter(name + SUFFIX, nn.Parameter(active.to(dtype, copy=True)))
+
+
+def unmask_layer(module: nn.Module) -> None:
+    """Undo ``mask_layer``; the dense weights stay as they are."""
+    layer = cast(MaskedLayer, module)
+    for name in layer.masks:
+        del layer._parameters[name + SUFFIX]
+    del layer.masks, layer.channels_last
+    module.__class__ = next(plain for plain, masked in MASKED_CLASSES.items() if masked is type(module))
+
+
+def is_channels_last(dense: Tensor) -> bool:
+    """Whether a weight lies in memory as (out, height, width, in)."""
+    return dense.dim() == 4 and not dense.is_contiguous() and dense.is_contiguous(memory_format=torch.channels_last)
+
+
+def _masked_gradient_pays(mask: ParameterMask) -> bool:
+    return mask.density <= DENSE_ABOVE
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, list[Tensor | None]]:
+    """Under autocast: the tensors as it would cast them, and a context in which it leaves them alone."""
+    kind = cast(Tensor, tensors[0]).device.type
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext(), list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return torch.autocast(kind, enabled=False), [None if t is None else t.to(dtype) for t in tensors]

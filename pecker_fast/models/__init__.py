@@ -1,0 +1,7 @@
+"""Networks that the package brings along, and their folders on the disk."""
+
+from pecker_fast.models.classifier import DigitsClassifier
+from pecker_fast.models.ddpm import DDPMUNet
+from pecker_fast.models.storage import generate, load, load_config, save
+
+__all__ = ["DDPMUNet", "DigitsClassifier", "generate", "load", "load_config", "save"]

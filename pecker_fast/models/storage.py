@@ -1,0 +1,223 @@
+"""Model folders, laid out as diffusers does it, and images from what they describe.
+
+A folder holds ``diffusion_pytorch_model.safetensors`` and ``config.json``: the class, its constructor's
+arguments and, under ``generation``, everything needed to sample from it::
+
+    {"kind": "one_step", "t_init": 500, "schedule": {...}, "sample_shape": [1, 8, 8]}
+    {"kind": "ddim", "steps": 20, "schedule": {...}, "sample_shape": [1, 8, 8]}
+
+``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast.checkpoint import (
+    StrPath,
+    atomic_folder,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+)
+from pecker_fast.errors import FileFormatError
+from pecker_fast.models.classifier import DigitsClassifier
+from pecker_fast.models.ddpm import DDPMUNet
+from pecker_fast.sampling import ddim_sample, one_step_sample
+from pecker_fast.schedule import NoiseSchedule
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+FORMAT_VERSION = 1
+
+_CLASSES: dict[str, type[nn.Module]] = {"DDPMUNet": DDPMUNet, "DigitsClassifier": DigitsClassifier}
+
+
+def save(model: nn.Module, folder: StrPath, generation: Mapping[str, Any] | None = None) -> None:
+    """Write a model folder, complete or not at all (see `pecker_fast.checkpoint.atomic_folder`).
+
+    Args:
+        model: A `DDPMUNet` or `DigitsClassifier`, in any dtype and on any device.
+        folder: Where to; an older folder is replaced.
+        generation: How to sample from the model, as in this module's docstring; None for a classifier.
+
+    Raises:
+        FileFormatError: The folder cannot be written.
+        TypeError: The model is of another class.
+        ValueError: ``generation`` is incomplete or out of range.
+    """
+    if _CLASSES.get(type(model).__name__) is not type(model):
+        raise TypeError(
+            f"expected {_known_classes()}, got {type(model).__name__}; "
+            "unwrap it or save it with its own library"
+        )
+    with atomic_folder(folder) as unfinished:
+        write_model(model, unfinished, generation)
+
+
+def write_model(model: nn.Module, folder: StrPath, generation: Mapping[str, Any] | None = None) -> None:
+    """Write the files of `save` into an existing folder, for callers that put more beside them.
+
+    Unlike `save` it takes any module: one with ``save_pretrained`` (diffusers) writes its own files and
+    ``generation.json``; of one that this version cannot build again, ``architecture`` is None.
+    """
+    if generation is not None:
+        _check_generation(generation)
+    save_pretrained = getattr(model, "save_pretrained", None)
+    if callable(save_pretrained):
+        save_pretrained(folder)
+        write_json(Path(folder) / "generation.json", dict(generation or {}))
+        return
+    name = type(model).__name__
+    config = {
+        "_class_name": name,
+        "_format_version": FORMAT_VERSION,
+        "architecture": model.config if _CLASSES.get(name) is type(model) else None,
+        "generation": None if generation is None else dict(generation),
+    }
+    write_json(Path(folder) / CONFIG_NAME, config)
+    write_safetensors(Path(folder) / WEIGHTS_NAME, model.state_dict(), {"format": "pt"})
+
+
+def load_config(folder: StrPath) -> dict[str, Any]:
+    """Read and check ``config.json``: ``_class_name``, ``architecture`` and ``generation`` (a dict or None).
+
+    Raises:
+        FileFormatError: The file is missing or damaged, or describes something that this version cannot load.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not Path(folder).is_dir():
+        raise FileFormatError(f"{folder}: no such folder; expected a model folder with {CONFIG_NAME}")
+    config = read_json(path)
+    name, version = config.get("_class_name"), config.get("_format_version")
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise FileFormatError(
+            f"{path}: _class_name is {name!r}, expected {_known_classes()}; load it with its own library"
+        )
+    if version != FORMAT_VERSION:
+        raise FileFormatError(
+            f"{path}: _format_version is {version!r}, expected {FORMAT_VERSION}; "
+            "if it is newer, upgrade pecker_fast"
+        )
+    if not isinstance(config.get("architecture"), dict):
+        raise FileFormatError(f"{path}: architecture is missing; expected the arguments of {name}")
+    if config.setdefault("generation", None) is not None:
+        try:
+            _check_generation(config["generation"])
+        except ValueError as error:
+            raise FileFormatError(f"{path}: {error}") from error
+    return config
+
+
+def load(folder: StrPath) -> nn.Module:
+    """Load a model that `save` wrote, in eval mode on the CPU, in the dtype that it was saved in.
+
+    Raises:
+        FileFormatError: A file is missing, truncated or foreign, or the weights do not fit the architecture.
+    """
+    config = load_config(folder)
+    try:
+        # On "meta" nothing is allocated or initialised: weights that do not fit are refused for free.
+        with torch.device("meta"):
+            model = _CLASSES[config["_class_name"]](**config["architecture"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FileFormatError(f"{folder}: {CONFIG_NAME} cannot be built: {error}") from error
+    path = Path(folder) / WEIGHTS_NAME
+    weights, _ = read_safetensors(path)
+    _check_weights(path, model.state_dict(), weights)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def generate(
+    model: nn.Module,
+    generation: Mapping[str, Any],
+    condition: Tensor,
+    *,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one image per label as ``generation`` says, without gradients.
+
+    Args:
+        model: ``(x_t, t, condition) -> epsilon``, in eval mode.
+        generation: As in this module's docstring, e.g. ``load_config(folder)["generation"]``.
+        condition: (B,) int64 labels on the model's device.
+        noise: (B, C, H, W) standard normal; drawn if not given.
+        generator: Source of the noise, on the model's device; torch's global one if not given.
+
+    Returns:
+        (B, C, H, W) images clamped to [-1, 1], in the dtype of ``noise`` (float32 if it was drawn).
+
+    Raises:
+        ValueError: ``generation`` is incomplete or out of range, ``noise`` has another shape, or both
+            ``noise`` and ``generator`` are given.
+    """
+    schedule = _check_generation(generation)
+    shape = (len(condition), *generation["sample_shape"])
+    if noise is None:
+        noise = torch.randn(shape, generator=generator, device=condition.device)
+    elif generator is not None:
+        raise ValueError("give noise or generator, not both")
+    elif noise.shape != shape:
+        raise ValueError(f"noise must have shape {shape} (one per label), got {tuple(noise.shape)}")
+    if generation["kind"] == "one_step":
+        images = one_step_sample(model, schedule, noise, condition, t_init=generation["t_init"])
+    else:
+        images = ddim_sample(model, schedule, noise, condition, steps=generation["steps"], clip=1.0)
+    return images.clamp(-1.0, 1.0)
+
+
+def _check_generation(generation: Mapping[str, Any]) -> NoiseSchedule:
+    """Check every entry and return the schedule."""
+    if not isinstance(generation, Mapping) or not isinstance(generation.get("schedule"), Mapping):
+        raise ValueError("generation must be a mapping with kind, schedule, sample_shape and t_init or steps")
+    schedule = NoiseSchedule.from_dict(generation["schedule"])
+    total = schedule.num_train_timesteps
+    kind = generation.get("kind")
+    if kind == "one_step":
+        _check_integer(generation, "t_init", range(total))
+    elif kind == "ddim":
+        _check_integer(generation, "steps", range(1, total + 1))
+    else:
+        raise ValueError(f"generation kind must be 'one_step' or 'ddim', got {kind!r}")
+    match generation.get("sample_shape"):
+        case [int(c), int(h), int(w)] if min(c, h, w) > 0:
+            return schedule
+        case shape:
+            raise ValueError(f"generation sample_shape must be positive integers (C, H, W), got {shape!r}")
+
+
+def _check_integer(generation: Mapping[str, Any], name: str, allowed: range) -> None:
+    value = generation.get(name)
+    if not isinstance(value, int) or value not in allowed:
+        raise ValueError(
+            f"generation of kind {generation['kind']!r} needs an integer {name} in "
+            f"[{allowed[0]}, {allowed[-1]}], got {value!r}"
+        )
+
+
+def _check_weights(path: Path, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of other names, shapes or kinds of number, naming the first."""
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unexpected:
+        raise FileFormatError(
+            f"{path}: weights do not fit {CONFIG_NAME}: {len(missing)} missing (first: {missing[:1]}), "
+            f"{len(unexpected)} unexpected (first: {unexpected[:1]})"
+        )
+    for name, tensor in weights.items():
+        wanted = expected[name]
+        if tensor.shape != wanted.shape:
+            raise FileFormatError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
+            )
+        if tensor.is_floating_point() != wanted.is_floating_point():
+            raise FileFormatError(f"{path}: {name} holds {tensor.dtype}, expected {wanted.dtype}")
+
+
+def _known_classes() -> str:
+    return " or ".join(_CLASSES)

@@ -1,0 +1,22 @@
+"""The operations that make a mask pay, one file each: public function, plain-torch reference, table of backends.
+
+Ops know tensors and blocks; they know nothing of modules or optimizers.
+"""
+
+from pecker_fast.ops.accumulate_saliency import accumulate_saliency_
+from pecker_fast.ops.dispatch import OPS, backends, use_backend
+from pecker_fast.ops.masked_adamw import masked_adamw_
+from pecker_fast.ops.masked_weight_grad import masked_weight_grad
+from pecker_fast.ops.select_threshold import select_threshold
+from pecker_fast.ops.sid_loss import sid_loss
+
+__all__ = [
+    "OPS",
+    "accumulate_saliency_",
+    "backends",
+    "masked_adamw_",
+    "masked_weight_grad",
+    "select_threshold",
+    "sid_loss",
+    "use_backend",
+]

@@ -1,0 +1,157 @@
+"""One operation, its backends, and which of them runs.
+
+Choice: an explicit ``backend=``, then ``use_backend(...)``, then the measured preference of the op, then the reference.
+What was asked for and is missing raises with the original cause; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+DEVICES = ("cpu", "cuda")
+
+library = torch.library.Library("pecker_fast", "DEF")
+"""Where every op declares its schema: ``torch.ops.pecker_fast.<op>``."""
+
+_requested: ContextVar[str | None] = ContextVar("pecker_fast_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        run: The implementation, with the op's own arguments.
+        devices: Device types whose tensors it takes.
+        why_not: Why it cannot run here, or None if it can. Called only when the backend is considered.
+    """
+
+    run: Callable[..., Any]
+    devices: tuple[str, ...] = DEVICES
+    why_not: Callable[[], str | None] = lambda: None
+
+
+@dataclass
+class Op:
+    """An operation and the table of its backends.
+
+    Attributes:
+        name: Name of the op, also in error messages and in ``torch.ops.pecker_fast``.
+        backends: Name of the backend -> implementation; "reference" is always there.
+        prefer: Device type -> backends in the order that was measured to be best.
+    """
+
+    name: str
+    backends: Mapping[str, Backend]
+    prefer: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    _warned: bool = field(default=False, repr=False)
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+    def choose(self, device: torch.device, backend: str | None = None) -> str:
+        """Name of the backend that runs on ``device``.
+
+        Raises:
+            ValueError: ``backend`` is not the name of a backend.
+            RuntimeError: The backend that was asked for cannot run here; the message says why.
+        """
+        asked = backend or _requested.get()
+        if asked is not None:
+            reason = self.why_not(asked, device.type)
+            if reason is None:
+                return asked
+            if backend is not None or asked in self.backends:
+                raise RuntimeError(f"{self.name}: backend {asked!r} cannot run on {device.type!r}: {reason}")
+        for name in self.prefer.get(device.type, ()):
+            if self.why_not(name, device.type) is None:
+                return name
+        if device.type == "cuda" and not self._warned:
+            self._warned = True
+            warnings.warn(f"{self.name}: no fast backend on {device.type!r}, the slow reference is used", stacklevel=3)
+        return "reference"
+
+    def why_not(self, name: str, device: str) -> str | None:
+        """Why backend ``name`` is not available for tensors on ``device``; None if it is."""
+        _check_name(name)
+        if name not in self.backends:
+            return "not written for this op"
+        candidate = self.backends[name]
+        if name != "reference" and device not in candidate.devices:
+            return f"takes tensors on {' or '.join(candidate.devices)} only"
+        return candidate.why_not()
+
+    def run(self, backend: str, *args: Any, **kwargs: Any) -> Any:
+        """Call one backend by name."""
+        return self.backends[backend].run(*args, **kwargs)
+
+
+OPS: dict[str, Op] = {}
+"""Every op by name; filled as the files of ``pecker_fast.ops`` are imported."""
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, every op that has backend ``name`` uses it, and raises where it cannot run.
+
+    Args:
+        name: "reference", "cpu", "triton" or "cuda". An op for which that backend was never written keeps its own choice.
+    """
+    _check_name(name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs for one op on one device type, and why the others do not."""
+
+    used: str
+    not_used: dict[str, str]
+
+
+class BackendTable(dict[str, dict[str, Choice]]):
+    """Op -> device type -> ``Choice``; prints as a table."""
+
+    def __repr__(self) -> str:
+        lines = [f"{'op':<22}{'device':<8}{'used':<11}not used"]
+        for op, devices in self.items():
+            for device, choice in devices.items():
+                others = "; ".join(f"{name}: {why}" for name, why in choice.not_used.items())
+                lines.append(f"{op:<22}{device:<8}{choice.used:<11}{others}")
+        return "\n".join(lines)
+
+
+def backends() -> BackendTable:
+    """What is used for every op on every device type, and why not the others."""
+    table = BackendTable()
+    for op in OPS.values():
+        table[op.name] = {device: _choice(op, device) for device in DEVICES}
+    return table
+
+
+def _choice(op: Op, device: str) -> Choice:
+    if device == "cuda" and not torch.cuda.is_available():
+        return Choice("none", {name: "no CUDA device here" for name in NAMES})
+    reasons = {name: op.why_not(name, device) for name in NAMES}
+    ranked = [name for name in op.prefer.get(device, ()) if reasons[name] is None]
+    used = (_requested.get() or (ranked or ["reference"])[0]) if ranked else "reference"
+    if reasons[used] is not None:
+        used = (ranked or ["reference"])[0]
+    return Choice(used, {name: why or "not preferred" for name, why in reasons.items() if name != used})
+
+
+def _check_name(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")

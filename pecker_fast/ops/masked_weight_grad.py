@@ -1,0 +1,224 @@
+"""Weight gradient of a Linear or Conv2d layer for its active blocks only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.ops.dispatch import Backend, Op, library
+
+MAX_SLABS = 64
+"""With more block rows than this, many small products lose to one dense gradient (as they do for single weights)."""
+
+
+def masked_weight_grad(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: ParameterMask,
+    *,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    channels_last: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Weight gradient of ``F.linear`` or ``F.conv2d`` at the active blocks of its weight.
+
+    In plain torch: ``mask.gather(dense_weight_gradient)``, without computing the rest of it.
+
+    Args:
+        grad_output: (..., out) for a linear layer, (batch, out, height, width) for a convolution; any float dtype.
+        input: (..., in) or (batch, in, height, width), same dtype.
+        mask: Active blocks of the weight (out, in) or (out, in / groups, kernel height, kernel width).
+        stride: Of the convolution.
+        padding: Of the convolution, zeros.
+        dilation: Of the convolution.
+        groups: Of the convolution.
+        channels_last: Order within blocks, as in ``ParameterMask.index``.
+        backend: Name of a backend, or None for the best one.
+
+    Returns:
+        A new tensor of shape ``mask.compact_shape``: float64 for float64 input, else float32.
+
+    Raises:
+        ValueError: Shapes do not fit the mask.
+    """
+    grid = mask.grid
+    is_linear = len(grid.shape) == 2
+    out_dim, in_channels = (-1, grid.shape[1]) if is_linear else (1, grid.shape[1] * groups)
+    if grad_output.shape[out_dim] != grid.shape[0] or input.shape[out_dim] != in_channels:
+        raise ValueError(
+            f"masked_weight_grad: weight {grid.shape} with groups={groups} takes {in_channels} channels in and "
+            f"{grid.shape[0]} out, got input {tuple(input.shape)} and grad_output {tuple(grad_output.shape)}"
+        )
+    grad: Tensor = torch.ops.pecker_fast.masked_weight_grad(
+        grad_output,
+        input,
+        mask.active.to(grad_output.device),
+        list(mask.compact_shape),
+        list(grid.shape),
+        list(grid.view),
+        list(grid.block),
+        list(stride),
+        list(padding),
+        list(dilation),
+        groups,
+        channels_last,
+        backend,
+    )
+    return grad
+
+
+def masked_weight_grad_reference(
+    grad_output: Tensor,
+    input: Tensor,
+    active: Tensor,
+    grid: BlockGrid,
+    geometry: tuple[list[int], list[int], list[int], int],
+    channels_last: bool,
+) -> Tensor:
+    """Plain-torch twin: dense gradients of slabs of channels that hold active blocks, gathered into blocks."""
+    mask = ParameterMask(grid, active.cpu())
+    if len(grid.shape) == 2:
+        grad_output, input = grad_output.flatten(0, -2), input.flatten(0, -2)
+    if mask.is_full or not _slabs_pay(grid, geometry[3]):
+        dense = _dense_weight_grad(grad_output, input, grid.shape, geometry)
+        return _widen(mask.gather(dense, channels_last))
+    if grid.is_rows:
+        rows = active.to(grad_output.device)
+        slab = _dense_weight_grad(_channels(grad_output, rows), input, (len(rows), *grid.shape[1:]), geometry)
+        return _widen(slab)
+    return _tile_grads(grad_output, input, mask, geometry, channels_last)
+
+
+def _tile_grads(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: ParameterMask,
+    geometry: tuple[list[int], list[int], list[int], int],
+    channels_last: bool,
+) -> Tensor:
+    """One slab for each row of blocks: its out channels against the in channels of its active blocks."""
+    grid = mask.grid
+    (out, in_, _), (block_out, block_in), columns = grid.view, grid.block, grid.size[1]
+    pieces: list[Tensor] = []
+    for row in torch.unique(mask.active // columns).tolist():
+        cols = (mask.active[mask.active // columns == row] % columns).tolist()
+        spans = [(col * block_in, min((col + 1) * block_in, in_)) for col in cols]
+        channels = torch.cat([torch.arange(start, stop) for start, stop in spans]).to(input.device)
+        grad_rows = grad_output.narrow(1, row * block_out, min(block_out, out - row * block_out))
+        shape = (grad_rows.shape[1], len(channels), *grid.shape[2:])
+        slab = _dense_weight_grad(_same_layout(grad_rows, grad_output), _channels(input, channels), shape, geometry)
+        for block in slab.split([stop - start for start, stop in spans], dim=1):
+            block = block.flatten(2) if block.dim() > 2 else block.unsqueeze(2)
+            pieces.append((block.transpose(1, 2) if channels_last else block).reshape(-1))
+    if not pieces:
+        return _widen(grad_output.new_empty(mask.compact_shape))
+    return _widen(torch.cat(pieces)).view(mask.compact_shape)
+
+
+def _dense_weight_grad(
+    grad_output: Tensor, input: Tensor, shape: tuple[int, ...], geometry: tuple[list[int], list[int], list[int], int]
+) -> Tensor:
+    """Gradient of a whole weight of ``shape``, as autograd computes it."""
+    if len(shape) == 2:
+        return grad_output.t() @ input
+    if 0 in shape:
+        return grad_output.new_zeros(shape)
+    stride, padding, dilation, groups = geometry
+    weight = grad_output.new_empty(1).expand(shape)  # only its shape is read
+    _, grad, _ = torch.ops.aten.convolution_backward(
+        grad_output, input, weight, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
+    )
+    return grad
+
+
+def _channels(tensor: Tensor, channels: Tensor) -> Tensor:
+    """Some channels of (batch, channels, ...), in the memory layout of ``tensor``."""
+    return _same_layout(tensor.index_select(1, channels), tensor)
+
+
+def _same_layout(part: Tensor, like: Tensor) -> Tensor:
+    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
+        return part.contiguous(memory_format=torch.channels_last)
+    return part
+
+
+def _widen(grad: Tensor) -> Tensor:
+    return grad if grad.dtype == torch.float64 else grad.float()
+
+
+def _slabs_pay(grid: BlockGrid, groups: int) -> bool:
+    """Whether slabs are cheaper than the dense gradient: not for single weights, thin tiles or grouped convolutions."""
+    return groups == 1 and grid.view[0] == grid.shape[0] and (grid.is_rows or grid.size[0] <= MAX_SLABS)
+
+
+def _reference(
+    grad_output: Tensor,
+    input: Tensor,
+    active: Tensor,
+    compact_shape: list[int],
+    shape: list[int],
+    view: list[int],
+    block: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    grid = BlockGrid(tuple(shape), (view[0], view[1], view[2]), (block[0], block[1]))
+    geometry = (stride, padding, dilation, groups)
+    return masked_weight_grad_reference(grad_output, input, active, grid, geometry, channels_last)
+
+
+_OP = Op("masked_weight_grad", {"reference": Backend(_reference)})
+
+library.define(
+    "masked_weight_grad(Tensor grad_output, Tensor input, Tensor active, SymInt[] compact_shape, SymInt[] shape, "
+    "SymInt[] view, SymInt[] block, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
+    "bool channels_last, str? backend) -> Tensor"
+)
+
+
+@torch.library.impl(library, "masked_weight_grad", "CompositeExplicitAutograd")
+def _run(*args: Any) -> Tensor:
+    *inputs, backend = args
+    grad: Tensor = _OP.run(_OP.choose(inputs[0].device, backend), *inputs)
+    return grad
+
+
+@torch.library.register_fake("pecker_fast::masked_weight_grad")
+def _fake(grad_output: Tensor, input: Tensor, active: Tensor, compact_shape: list[int], *rest: Any) -> Tensor:
+    dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    return grad_output.new_empty(compact_shape, dtype=dtype)
+
+
+@register_flop_formula(torch.ops.pecker_fast.masked_weight_grad)
+def _flops(
+    grad_output_shape: Sequence[int],
+    input_shape: Sequence[int],
+    active_shape: Sequence[int],
+    compact_shape: Sequence[int],
+    shape: Sequence[int],
+    view: Sequence[int],
+    block: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """FLOPs that are done, 2 a multiply-add: those of the dense gradient where it is what is computed."""
+    grid = BlockGrid(tuple(shape), (view[0], view[1], view[2]), (block[0], block[1]))
+    weights = math.prod(compact_shape) if _slabs_pay(grid, groups) else math.prod(shape)
+    positions = math.prod(grad_output_shape) // shape[0]
+    return 2 * weights * positions

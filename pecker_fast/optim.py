@@ -1,0 +1,146 @@
+"""MaskedAdamW: gathers nothing, calls one op."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from pecker_fast.active import ActiveParameters
+from pecker_fast.ops.masked_adamw import masked_adamw_
+
+
+class MaskedAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for the active weights of a masked model, in one pass.
+
+    One call reads and writes the flat buffers of the store and puts the new values into the dense weights; weights
+    outside the mask are neither read nor written. With ``betas[0] == 0`` there is no first moment. With every block
+    active the steps are those of ``torch.optim.AdamW``.
+
+    It is an ordinary optimizer to everything around it: LR schedulers, ``GradScaler``, ``state_dict``, Accelerate.
+
+    Args:
+        active: The store that ``apply_mask`` returned.
+        lr: Learning rate.
+        betas: Decay of the first and the second moment.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay, of active weights only.
+        clip_value: Gradients are clipped to this magnitude, element by element; None does not clip.
+        ema_decay: Keep a running average ``ema += (1 - ema_decay) * (value - ema)``; see ``active.ema_weights()``.
+        backend: Name of a backend, or None for the best one.
+
+    Raises:
+        ValueError: A number is out of range.
+        TypeError: ``active`` is not a store.
+    """
+
+    scatters_itself = True
+
+    def __init__(
+        self,
+        active: ActiveParameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        *,
+        clip_value: float | None = None,
+        ema_decay: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if not isinstance(active, ActiveParameters):
+            raise TypeError(
+                f"MaskedAdamW: expected the ActiveParameters that apply_mask(model, mask) returns, got "
+                f"{type(active).__name__}; for plain parameters use torch.optim.AdamW"
+            )
+        for name, number in {"lr": lr, "eps": eps, "weight_decay": weight_decay, "clip_value": clip_value}.items():
+            if number is not None and not number >= 0:
+                raise ValueError(f"MaskedAdamW: {name}: expected a number >= 0, got {number}")
+        for name, decay in {"betas[0]": betas[0], "betas[1]": betas[1], "ema_decay": ema_decay}.items():
+            if decay is not None and not 0 <= decay < 1:
+                raise ValueError(f"MaskedAdamW: {name}: expected a number in [0, 1), got {decay}")
+        self.active = active
+        self.backend = backend
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "clip_value": clip_value,
+            "ema_decay": ema_decay,
+        }
+        super().__init__(active.parameters(), defaults)
+
+    @torch._disable_dynamo  # as torch.optim does it: torch.compiler.disable would import the compiler right away
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every active weight, from its ``grad``.
+
+        Raises:
+            RuntimeError: An active weight has never had a gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        active, group = self.active, self.param_groups[0]
+        active.bind_()
+        active.check_gradients()
+        state = self._state()
+        state["step"] += 1
+        clip_value, ema_decay = group["clip_value"], group["ema_decay"]
+        masked_adamw_(
+            active.values,
+            active.grads,
+            state.get("exp_avg"),
+            state["exp_avg_sq"],
+            step=state["step"],
+            lr=float(group["lr"]),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            clip_value=math.inf if clip_value is None else clip_value,
+            ema=active.ema,
+            ema_decay=ema_decay or 0.0,
+            scatter=active.scatter_table(),
+            backend=self.backend,
+        )
+        active.bump_versions()
+        return loss
+
+    def _state(self) -> dict[str, Any]:
+        """Flat state for the whole store, kept under its first parameter so that ``state_dict`` works as it is."""
+        state = cast(dict[str, Any], self.state[self.param_groups[0]["params"][0]])
+        group, values = self.param_groups[0], self.active.values
+        if not state:
+            state["step"] = 0
+            if group["betas"][0]:
+                state["exp_avg"] = torch.zeros_like(values)
+            state["exp_avg_sq"] = torch.zeros_like(values)
+            if group["ema_decay"] is not None:
+                state["ema"] = values.clone()
+        for name, buffer in state.items():
+            if isinstance(buffer, Tensor) and buffer.device != values.device:
+                state[name] = buffer.to(values.device)  # the model moved after the first step
+        self.active.ema = state.get("ema")
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            ValueError: It belongs to a mask with another number of active weights.
+        """
+        for saved in state_dict["state"].values():
+            if len(saved["exp_avg_sq"]) != self.active.numel:
+                raise ValueError(
+                    f"MaskedAdamW: the state is for {len(saved['exp_avg_sq'])} active weights, this mask has "
+                    f"{self.active.numel}; load the mask it was saved with"
+                )
+        super().load_state_dict(state_dict)
+        if state_dict["state"]:
+            self._state()

@@ -1,0 +1,233 @@
+"""Arguments of every command of ``pecker-fast``; flags are named as in diffusers' training scripts."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pecker_fast
+from pecker_fast.flags import (
+    BLOCK_HELP,
+    Parser,
+    block,
+    cache_flags,
+    density_flag,
+    device_flag,
+    forget_flag,
+    mask_flags,
+    new_command,
+    override_flag,
+    positive_float,
+    positive_int,
+    seed,
+    source_flag,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(prog="pecker-fast", description="Make a diffusion model forget, and show what it forgot.")
+    parser.add_argument("--version", action="version", version=f"pecker_fast {pecker_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_demo, _pretrain, _mask, _unlearn, _sample, _evaluate, _doctor):
+        add(commands)
+    return parser
+
+
+def _demo(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "demo",
+        "erase handwritten digits: masked, with a random mask, and dense",
+        "pecker-fast demo --forget_class 3 5 --override_class 8 6 --seed 0 --output_dir runs/demo",
+    )
+    forget_flag(parser, default=[3])
+    override_flag(parser)
+    density_flag(parser, 0.25)
+    parser.add_argument("--block", type=block, default="row", metavar="BLOCK", help=BLOCK_HELP.format("row"))
+    parser.add_argument(
+        "--max_train_steps", type=positive_int, default=150, metavar="N", help="steps of each run (150)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the unlearning runs (0)")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/demo"), metavar="DIR", help="(runs/demo)"
+    )
+    cache_flags(parser)
+
+
+def _pretrain(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "pretrain",
+        "train a small class-conditional diffusion model",
+        "pecker-fast pretrain --train_data_dir shapes --resolution 16 --output_dir teacher",
+    )
+    add = parser.add_argument
+    add("--train_data_dir", type=Path, metavar="DIR", help="DIR/<class>/*.png (the built-in digits)")
+    add(
+        "--resolution",
+        type=positive_int,
+        metavar="N",
+        help="height and width of the images, needed with a folder",
+    )
+    add("--channels", type=int, choices=(1, 3), default=3, help="grey or RGB images of a folder (3)")
+    add("--width", type=positive_int, default=16, metavar="N", help="channels of the first level (16)")
+    add("--max_train_steps", type=positive_int, default=1200, metavar="N", help="(1200)")
+    add("--train_batch_size", type=positive_int, default=128, metavar="N", help="(128)")
+    add("--learning_rate", type=positive_float, default=3e-3, metavar="X", help="(3e-3)")
+    add(
+        "--num_train_timesteps",
+        type=positive_int,
+        default=1000,
+        metavar="N",
+        help="of the noise schedule (1000)",
+    )
+    add(
+        "--num_inference_steps", type=positive_int, default=20, metavar="N", help="of DDIM when sampling (20)"
+    )
+    add("--seed", type=seed, default=0, metavar="N", help="(0)")
+    add("--output_dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
+    device_flag(parser)
+
+
+def _mask(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "mask",
+        "choose the weights that matter to a class; trains nothing",
+        "pecker-fast mask --pretrained_model_name_or_path teacher --forget_class 3 --mask_density 0.1 "
+        "--output_file mask.safetensors",
+    )
+    source_flag(parser)
+    forget_flag(parser)
+    mask_flags(parser, ("saliency", "random"))
+    parser.add_argument(
+        "--forget_batch_size", type=positive_int, metavar="N", help="images of a batch of the pass"
+    )
+    parser.add_argument(
+        "--t_init", type=int, metavar="T", help="timestep of the one-step samples it looks at"
+    )
+    parser.add_argument(
+        "--train_data_dir", type=Path, metavar="DIR", help="look at DIR/<class>/*.png instead"
+    )
+    parser.add_argument("--seed", type=seed, metavar="N", help="of the samples, or of the random mask")
+    parser.add_argument(
+        "--output_file",
+        type=Path,
+        default=Path("mask.safetensors"),
+        metavar="FILE",
+        help="(mask.safetensors)",
+    )
+    device_flag(parser)
+
+
+def _unlearn(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "unlearn",
+        "make a diffusion model forget classes",
+        "pecker-fast unlearn --pretrained_model_name_or_path teacher --forget_class 3 \\\n"
+        "      --override_class 8 --mask_density 0.25 --block row --mask_lr_scale mass \\\n"
+        "      --max_train_steps 150 --train_batch_size 64 --forget_batch_size 16 --generator_lr 5e-4 \\\n"
+        "      --fake_score_lr 5e-4 --lr_warmup_steps 10 --t_init 500 --t_min 20 --t_max 700 \\\n"
+        "      --sid_alpha 1 --forget_weight 0.05 --ema_decay 0.98 --output_dir out\n\n"
+        "These settings suit small models such as pecker-fast pretrain makes. Numbers not given are\n"
+        "those published for CIFAR-10; --dry_run shows them.",
+    )
+    source_flag(parser)
+    forget_flag(parser)
+    override_flag(parser)
+    mask_flags(parser, ("saliency", "random", "dense"))
+    add = parser.add_argument
+    add(
+        "--mask_path",
+        type=Path,
+        metavar="FILE",
+        help="use this mask; --mask, --mask_density and --block do not count",
+    )
+    add("--max_train_steps", type=positive_int, default=500, metavar="N", help="(500)")
+    add(
+        "--train_batch_size",
+        type=positive_int,
+        metavar="N",
+        help="samples of retained classes in each update",
+    )
+    add(
+        "--forget_batch_size",
+        type=positive_int,
+        metavar="N",
+        help="samples of forgotten classes in each update",
+    )
+    add("--generator_lr", type=float, metavar="X", help="learning rate of the generator")
+    add("--fake_score_lr", type=float, metavar="X", help="learning rate of the fake score")
+    add("--lr_warmup_steps", type=int, metavar="N", help="steps of linear warm-up")
+    add("--weight_decay", type=float, metavar="X", help="decoupled weight decay")
+    add("--ema_decay", type=float, metavar="X", help="of the running average that is saved")
+    add("--retain_weight", type=float, metavar="X", help="weight of the losses on retained classes")
+    add("--forget_weight", type=float, metavar="X", help="weight of the losses on forgotten classes")
+    add("--sid_alpha", type=float, metavar="X", help="alpha of the SiD loss")
+    add("--t_init", type=int, metavar="T", help="timestep at which the one-step generator starts")
+    add("--t_min", type=int, metavar="T", help="smallest timestep of the losses")
+    add("--t_max", type=int, metavar="T", help="timesteps of the losses are below this")
+    add("--seed", type=seed, metavar="N", help="of every draw")
+    add(
+        "--output_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="gets model/, the mask, settings and losses",
+    )
+    device_flag(parser)
+
+
+def _sample(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "sample",
+        "draw images from a model folder",
+        "pecker-fast sample --model out/model --class 3 --num 16 --seed 0 --output three.png",
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="a model folder")
+    add(
+        "--class", dest="labels", type=int, nargs="+", required=True, metavar="C", help="one class or several"
+    )
+    add("--num", type=positive_int, default=16, metavar="N", help="images of each class (16)")
+    add("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="npz with images (N, H, W, C) uint8 and labels (N,) int64, or a grid if it ends in .png",
+    )
+    device_flag(parser)
+
+
+def _evaluate(commands: Any) -> None:
+    parser = new_command(
+        commands,
+        "evaluate",
+        "judge a model of the digits, or images of them",
+        "pecker-fast evaluate --model out/model --forget_class 3",
+    )
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--model", type=Path, metavar="DIR", help="a model folder")
+    subject.add_argument("--images", type=Path, metavar="FILE", help="npz that pecker-fast sample wrote")
+    forget_flag(parser)
+    parser.add_argument(
+        "--num", type=positive_int, default=100, metavar="N", help="images of each class (100)"
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
+    cache_flags(parser)
+    device_flag(parser)
+
+
+def _doctor(commands: Any) -> None:
+    new_command(
+        commands,
+        "doctor",
+        "versions, and which backend is used for what, and why",
+        "pecker-fast doctor --json",
+    )

@@ -1,0 +1,126 @@
+"""Where the weights of a flat buffer lie in the dense weights of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pecker_fast import native
+from pecker_fast.blocks import ParameterMask
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+"""How csrc/scatter.h numbers the dtypes of dense weights."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The dense weight that one stretch of the flat buffer is copied to.
+
+    Attributes:
+        mask: Its active blocks; the stretch is ``mask.numel`` long.
+        dense: The weight, dense in memory (contiguous or channels-last); None where it is a view of the buffer itself.
+        channels_last: Order of the stretch within blocks, as in ``ParameterMask.index``.
+    """
+
+    mask: ParameterMask
+    dense: Tensor | None
+    channels_last: bool = False
+
+    def memory_index(self) -> Tensor:
+        """Position in memory, in elements, of every active weight in the order of the flat buffer: int64 (n,)."""
+        logical = self.mask.index(self.channels_last)
+        if self.dense is None or self.dense.is_contiguous():
+            return logical
+        positions = torch.arange(self.dense.numel()).as_strided(self.dense.shape, self.dense.stride())
+        return positions.reshape(-1)[logical]
+
+
+class ScatterTable:
+    """Copies a flat buffer into the dense weights of a model, and only the weights that the buffer holds.
+
+    For the native kernels everything is in one table of runs of neighbouring weights, so that a whole model is one
+    call however many weights it has. The table keeps the dense tensors, whose addresses it holds, alive.
+    """
+
+    def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
+        self.targets = tuple(targets)
+        self.numel = sum(target.mask.numel for target in self.targets)
+        runs = [_runs(target) for target in self.targets]
+        lengths = [len(offsets) for offsets, _ in runs]
+        begins = torch.tensor([0, *(target.mask.numel for target in self.targets)]).cumsum(0)
+        flat = [starts + begin for (_, starts), begin in zip(runs, begins.tolist(), strict=False)]
+        dense = [target.dense for target in self.targets]
+
+        self.dense_pointers = torch.tensor([0 if d is None else d.data_ptr() for d in dense], device=device)
+        self.dense_dtypes = torch.tensor(
+            [0 if d is None else DTYPE_CODES[d.dtype] for d in dense], dtype=torch.int32, device=device
+        )
+        owners = torch.arange(len(runs), dtype=torch.int32)
+        self.run_parameter = owners.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device)
+        self.run_dense_offset = torch.cat([offsets for offsets, _ in runs] or [torch.zeros(0).long()]).to(device)
+        self.run_flat_offset = torch.cat([*flat, torch.tensor([self.numel])]).to(device)
+        self._index: dict[int, Tensor] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to copy: every dense weight is a view of the buffer."""
+        return all(target.dense is None for target in self.targets)
+
+    def tensors(self) -> list[Tensor]:
+        """The table as tensors on the buffer's device; ``native_table`` turns them into what the kernels take."""
+        return [
+            self.dense_pointers,
+            self.dense_dtypes,
+            self.run_parameter,
+            self.run_dense_offset,
+            self.run_flat_offset,
+        ]
+
+    def scatter_(self, values: Tensor) -> None:
+        """Copy ``values`` (numel,) into the dense weights, rounded to their dtype."""
+        if self.is_empty:
+            return
+        if values.device.type == "cpu" and values.dtype == torch.float32 and native.available():
+            native.load().scatter_cpu(
+                value=values.data_ptr(),
+                numel=self.numel,
+                threads=torch.get_num_threads(),
+                **native_table(self.tensors()),
+            )
+        else:
+            self.scatter_reference_(values)
+
+    def scatter_reference_(self, values: Tensor) -> None:
+        """Plain-torch twin of ``scatter_``."""
+        stretches = values.split([target.mask.numel for target in self.targets])
+        for number, (target, stretch) in enumerate(zip(self.targets, stretches, strict=True)):
+            if target.dense is None:
+                continue
+            if number not in self._index:
+                self._index[number] = target.memory_index().to(values.device)
+            memory = target.dense.detach().as_strided((target.dense.numel(),), (1,))
+            memory.index_copy_(0, self._index[number], stretch.to(memory.dtype))
+
+
+def native_table(tensors: list[Tensor]) -> dict[str, int]:
+    """A table's tensors (none: nothing to copy) as addresses and sizes, by the names of the native module."""
+    names = ("dense_pointers", "dense_dtypes", "run_parameter", "run_dense_offset", "run_flat_offset")
+    if not tensors:
+        return dict.fromkeys((*names, "num_parameters", "num_runs"), 0)
+    addresses = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
+    return {**addresses, "num_parameters": len(tensors[0]), "num_runs": len(tensors[2])}
+
+
+def _runs(target: Target) -> tuple[Tensor, Tensor]:
+    """Where each run of neighbours begins: in the dense weight's memory, and in the stretch. Both int64 (runs,)."""
+    if target.dense is None or target.mask.numel == 0:
+        begin = torch.zeros(min(target.mask.numel, 1), dtype=torch.int64)
+        return begin, begin
+    index = target.memory_index()
+    breaks = torch.ones(len(index), dtype=torch.bool)
+    breaks[1:] = index[1:] != index[:-1] + 1
+    starts = breaks.nonzero().flatten()
+    return index[starts], starts

@@ -1,0 +1,75 @@
+"""Which blocks are active: ranked by saliency, exactly as many weights as were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.ops.select_threshold import select_threshold
+
+
+def select_blocks(
+    saliency: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int
+) -> dict[str, ParameterMask]:
+    """The longest prefix of all blocks, ranked by mean saliency per weight, that has at most ``budget`` weights.
+
+    Ties go by position: the order of ``grids``, then the block's number. At least one block is selected; single
+    weights are selected exactly ``budget`` in number.
+
+    Args:
+        saliency: Saliency of every weight, name -> tensor of the weight's shape.
+        grids: How every weight is cut.
+        budget: Weights to select, from 1.
+    """
+    if all(grid.block == (1, 1) and grid.view[2] == 1 for grid in grids.values()):
+        return _select_elements(saliency, grids, max(budget, 1))
+    means = {
+        name: grid.block_sums(saliency[name].detach().cpu().double()) / grid.block_numel().clamp(min=1)
+        for name, grid in grids.items()
+    }
+    return select_ranked(means, grids, budget)
+
+
+def select_ranked(
+    ranks: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int, *, fill: bool = False
+) -> dict[str, ParameterMask]:
+    """The longest prefix of all blocks in descending order of ``ranks`` (one value a block) within ``budget`` weights.
+
+    With ``fill`` blocks that are too large for what is left are passed over instead of ending the prefix.
+    """
+    sizes = torch.cat([grid.block_numel() for grid in grids.values()])
+    order = torch.cat([ranks[name] for name in grids]).argsort(descending=True, stable=True)
+    chosen = torch.zeros(len(sizes), dtype=torch.bool)
+    chosen[order[0]] = True  # at least one block, whatever the budget
+    left = budget
+    while len(order) and int(sizes[order].min()) <= left:
+        fits = sizes[order].cumsum(0) <= left
+        chosen[order[fits]] = True
+        left -= int(sizes[order[fits]].sum())
+        order = order[~fits]
+        order = order[sizes[order] <= left] if fill else order[:0]
+    pieces = chosen.split([grid.num_blocks for grid in grids.values()])
+    return {
+        name: ParameterMask(grid, piece.nonzero().flatten())
+        for (name, grid), piece in zip(grids.items(), pieces, strict=True)
+    }
+
+
+def _select_elements(
+    saliency: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int
+) -> dict[str, ParameterMask]:
+    """Single weights: a threshold instead of a sort, and as many of its ties as still fit."""
+    flat = {name: saliency[name].detach().cpu().float().reshape(-1) for name in grids}
+    threshold, ties = select_threshold(list(flat.values()), min(budget, sum(map(len, flat.values()))))
+    left = int(ties)
+    selected: dict[str, ParameterMask] = {}
+    for name, grid in grids.items():
+        chosen = flat[name] > threshold
+        equal = (flat[name] == threshold).nonzero().flatten()[:left]
+        left -= len(equal)
+        chosen[equal] = True
+        selected[name] = ParameterMask(grid, chosen.nonzero().flatten())
+    return selected

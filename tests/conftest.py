@@ -1,0 +1,18 @@
+"""Shared by all tests: two threads, fixed seeds, and the devices there are."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; none here"))

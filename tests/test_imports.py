@@ -1,0 +1,78 @@
+"""What importing the package costs, and in which direction its files depend on one another."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pecker_fast
+
+PACKAGE = Path(pecker_fast.__file__).parent
+LAYERS = [
+    ["errors", "native"],
+    ["checkpoint", "blocks", "data"],
+    ["config", "scatter", "schedule"],
+    ["ops", "maskable", "sampling", "metrics"],
+    ["selection", "saliency", "functional", "objectives", "flops", "models"],
+    ["mask", "layers", "score_model", "pretrain"],
+    ["active"],
+    ["optim"],
+    ["distiller"],
+    ["report"],
+    ["demo"],
+    ["commands"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def unit(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pecker_fast"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {unit(alias.name) for alias in node.names if alias.name.startswith("pecker_fast.")}
+    return found & set(RANK)
+
+
+def test_dependencies_point_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        assert own in RANK, f"{path.name} has no place in LAYERS"
+        for other in imports(path) - {own}:
+            assert RANK[other] < RANK[own], f"{own} must not import {other}"
+
+
+def test_kernels_import_nothing_of_the_package():
+    for path in (PACKAGE.parent / "kernels").glob("*.py"):
+        assert not imports(path)
+
+
+def test_only_these_files_loop_over_training_steps():
+    loops = {p.name for p in PACKAGE.rglob("*.py") if ".backward()" in p.read_text()}
+    assert loops == {"distiller.py", "pretrain.py"}
+
+
+def test_the_import_is_cheap_and_loads_nothing_heavy():
+    code = (
+        "import time, torch; started = time.perf_counter(); import pecker_fast, sys;"
+        "print(time.perf_counter() - started);"
+        "print([m for m in ('diffusers', 'triton', 'matplotlib', 'sklearn', 'pecker_fast._C') if m in sys.modules])"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    seconds, heavy = zip(*(run.stdout.split("\n")[:2] for run in runs), strict=True)
+    assert set(heavy) == {"[]"}
+    assert min(map(float, seconds)) < 0.3
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in pecker_fast.__all__:
+        assert getattr(pecker_fast, name).__doc__, name

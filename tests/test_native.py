@@ -1,0 +1,213 @@
+"""The native CPU kernels, called as the ops call them: by address."""
+
+import math
+
+import pytest
+import torch
+
+from pecker_fast import native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]  # in the order of csrc/dtype.h
+HYPER = {"step": 3, "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 6e-8, 2.9e-8, 65504.0, 65520.0, 3.4e38, 1 + 2**-9]
+
+
+@pytest.fixture(autouse=True)
+def restore_isa():
+    yield
+    native.load().use_isa(None)
+
+
+def supported_isas() -> list[str]:
+    module, supported = native.load(), []
+    for isa in module.build_info()["isa_compiled"]:
+        try:
+            module.use_isa(isa)
+        except ValueError:
+            continue
+        supported.append(isa)
+    module.use_isa(None)
+    return supported
+
+
+def make_buffers(numel: int, *, exp_avg: bool = True, ema: bool = True) -> dict[str, torch.Tensor | None]:
+    generator = torch.Generator().manual_seed(numel)
+    value, grad, first, second, average = torch.randn(5, numel, generator=generator).unbind()
+    grad[::97] = math.nan
+    return {
+        "value": value.clone(),
+        "grad": grad.clone(),
+        "exp_avg": first.clone() if exp_avg else None,
+        "exp_avg_sq": second.square(),
+        "ema": average.clone() if ema else None,
+    }
+
+
+class Table:
+    """A scatter table of runs (parameter, dense offset, length), and the dense tensors it writes to."""
+
+    def __init__(self, dense: list[torch.Tensor | None], runs: torch.Tensor) -> None:
+        self.dense, self.num_runs = dense, len(runs)
+        codes = [0 if d is None else DTYPES.index(d.dtype) for d in dense]
+        self.arrays = {
+            "dense_pointers": torch.tensor([0 if d is None else d.data_ptr() for d in dense]),
+            "dense_dtypes": torch.tensor(codes, dtype=torch.int32),
+            "run_parameter": runs[:, 0].int(),
+            "run_dense_offset": runs[:, 1].contiguous(),
+            "run_flat_offset": torch.cat([torch.zeros(1, dtype=torch.int64), runs[:, 2].cumsum(0)]),
+        }
+
+    def arguments(self) -> dict[str, int]:
+        sizes = {"num_parameters": len(self.dense), "num_runs": self.num_runs}
+        return {**{name: array.data_ptr() for name, array in self.arrays.items()}, **sizes}
+
+    def expected(self, value: torch.Tensor) -> list[torch.Tensor | None]:
+        begins = self.arrays["run_flat_offset"]
+        run = torch.arange(self.num_runs).repeat_interleave(begins.diff())
+        target = self.arrays["run_dense_offset"][run] + torch.arange(len(run)) - begins[run]
+        dense = [None if d is None else d.clone() for d in self.dense]
+        for parameter, weight in enumerate(dense):
+            if weight is not None:
+                chosen = self.arrays["run_parameter"][run] == parameter
+                weight[target[chosen]] = value[chosen].to(weight.dtype)
+        return dense
+
+
+def make_table(numel: int, dtype: torch.dtype, lengths: tuple[int, ...]) -> Table:
+    """Runs of the given lengths in turn, one weight apart, in a dense tensor, a view and a dense tensor."""
+    generator = torch.Generator().manual_seed(1)
+    dense = [torch.randn(2 * numel + 9, generator=generator).to(d) for d in (dtype, torch.float32)]
+    length = torch.tensor(lengths).repeat(numel // sum(lengths) + 1)
+    begin = length.cumsum(0) - length
+    begin = begin[begin < numel]
+    length = torch.minimum(length[: len(begin)], numel - begin)
+    offset = 3 + begin + torch.arange(len(begin))
+    return Table([dense[0], None, dense[1]], torch.stack([3 * begin // max(numel, 1), offset, length], dim=1))
+
+
+EMPTY_TABLE = Table([], torch.zeros(0, 3, dtype=torch.int64))
+
+
+def step(buffers: dict[str, torch.Tensor | None], table: Table | None = None, **arguments: float) -> None:
+    addresses = {name: 0 if buffer is None else buffer.data_ptr() for name, buffer in buffers.items()}
+    native.load().masked_adamw_cpu(
+        **addresses,
+        numel=buffers["value"].numel(),
+        **(HYPER | {"clip_value": 0.5, "ema_decay": 0.99, "threads": 1} | arguments),
+        **(table.arguments() if table else {}),
+    )
+
+
+def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("exp_avg, ema", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("numel", [0, 1, 15, 2049, 300_007])
+def test_every_isa_and_thread_count_gives_the_same_bits(numel, exp_avg, ema):
+    beta1 = 0.9 if exp_avg else 0.0
+    results = []
+    for isa in supported_isas():
+        for threads in (1, 2, 3):
+            native.load().use_isa(isa)
+            buffers = make_buffers(numel, exp_avg=exp_avg, ema=ema)
+            table = make_table(numel, torch.bfloat16, (1, 1, 500, 7))
+            step(buffers, table, beta1=beta1, threads=threads)
+            results.append([*buffers.values(), *table.dense])
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_step_is_the_formula():
+    b, hyper = make_buffers(1000), HYPER
+    expected = {name: buffer.double() for name, buffer in b.items()}
+    g = expected["grad"].clamp(-0.5, 0.5)
+    expected["exp_avg"].lerp_(g, 1 - hyper["beta1"])
+    expected["exp_avg_sq"].lerp_(g.square(), 1 - hyper["beta2"])
+    denominator = (expected["exp_avg_sq"] / (1 - hyper["beta2"] ** 3)).sqrt() + hyper["eps"]
+    update = expected["exp_avg"] / (1 - hyper["beta1"] ** 3) / denominator
+    expected["value"] += -hyper["lr"] * hyper["weight_decay"] * expected["value"] - hyper["lr"] * update
+    expected["ema"].lerp_(expected["value"], 1 - 0.99)
+    step(b)
+    for name, buffer in b.items():
+        torch.testing.assert_close(buffer.double(), expected[name], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(1,), (3, 1, 5000, 2), (2048,)], ids=["elements", "ragged", "chunks"])
+def test_scatter_equals_torch_conversion_and_leaves_the_rest(dtype, lengths):
+    numel = 140_001
+    generator = torch.Generator().manual_seed(2)
+    bits = torch.randint(-(2**31), 2**31, (numel,), generator=generator, dtype=torch.int64)
+    value = bits.to(torch.int32).view(torch.float32)  # all kinds of floats: denormals, NaN, overflow
+    value[: len(SPECIAL)] = torch.tensor(SPECIAL)
+    value[1000:90_000] = torch.randn(89_000, generator=generator) * 1e-5  # half's denormals
+    for isa in supported_isas():
+        native.load().use_isa(isa)
+        table = make_table(numel, dtype, lengths)
+        expected = table.expected(value)
+        native.load().scatter_cpu(value=value.data_ptr(), numel=numel, **table.arguments(), threads=2)
+        for dense, want in zip(table.dense, expected, strict=True):
+            if dense is None:
+                continue
+            torch.testing.assert_close(dense, want, rtol=0, atol=0, equal_nan=True)
+            assert same_bits(dense[~want.isnan()], want[~want.isnan()])  # the sign of zero too
+
+
+def test_step_scatters_what_it_computed():
+    buffers, table = make_buffers(5000), make_table(5000, torch.float16, (1, 40, 3))
+    before = make_table(5000, torch.float16, (1, 40, 3))
+    step(buffers, table)
+    for dense, want in zip(table.dense, before.expected(buffers["value"]), strict=True):
+        assert dense is None or torch.equal(dense.nan_to_num(), want.nan_to_num())
+
+
+def test_without_runs_nothing_is_scattered():
+    buffers, others = make_buffers(100), make_buffers(100)
+    step(buffers, EMPTY_TABLE)
+    step(others)
+    assert all(same_bits(a, b) for a, b in zip(buffers.values(), others.values(), strict=True))
+    address = buffers["value"].data_ptr()
+    native.load().scatter_cpu(value=address, numel=100, **EMPTY_TABLE.arguments(), threads=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"numel": -1}, "numel >= 0"),
+        ({"step": 0}, "step >= 1"),
+        ({"threads": 0}, "threads >= 1"),
+        ({"num_runs": -1}, "num_runs >= 0"),
+        ({"num_runs": 1}, "five arrays"),
+        ({"exp_avg": 0}, "exp_avg when beta1 is not 0"),
+        ({"grad": 0}, "addresses of value, grad"),
+    ],
+)
+def test_unsafe_arguments_raise(arguments, message):
+    addresses = {name: buffer.data_ptr() for name, buffer in make_buffers(4).items()}
+    with pytest.raises(ValueError, match=message):
+        native.load().masked_adamw_cpu(**({**addresses, "numel": 4, "threads": 1} | HYPER | arguments))
+
+
+def test_wrong_tables_raise():
+    value, table = torch.zeros(4), make_table(4, torch.float32, (4,))
+    with pytest.raises(ValueError, match="end at numel"):
+        native.load().scatter_cpu(value=value.data_ptr(), numel=3, **table.arguments(), threads=1)
+    table.arrays["dense_dtypes"][1] = 4
+    with pytest.raises(ValueError, match="dense_dtypes of 0"):
+        native.load().scatter_cpu(value=value.data_ptr(), numel=4, **table.arguments(), threads=1)
+
+
+def test_build_info_and_isa_choice():
+    module = native.load()
+    info = module.build_info()
+    assert set(info) == {"version", "compiler", "cuda", "cuda_architectures", "isa_compiled", "isa_selected"}
+    assert info["isa_selected"] == supported_isas()[0]
+    module.use_isa("scalar")
+    assert module.build_info()["isa_selected"] == "scalar"
+    with pytest.raises(ValueError, match="expected one of .*scalar"):
+        module.use_isa("sse9")

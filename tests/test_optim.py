@@ -1,0 +1,125 @@
+"""MaskedAdamW is an ordinary optimizer to everything around it."""
+
+import copy
+import io
+
+import pytest
+import torch
+from models import conv_net
+
+from pecker_fast import BlockMask, MaskedAdamW, apply_mask
+
+
+def masked(density=0.3, **settings):
+    torch.manual_seed(0)
+    model = conv_net()
+    active = apply_mask(model, BlockMask.random(model, density, "row"))
+    return model, active, MaskedAdamW(active, **({"lr": 0.01} | settings))
+
+
+def train(model, opt, batches):
+    for x in batches:
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+
+
+BATCHES = [torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"betas": (0.0, 0.99), "ema_decay": 0.9}, {"clip_value": 1e-3}])
+def test_a_saved_state_continues_to_the_bit(settings):
+    model, active, opt = masked(**settings)
+    train(model, opt, BATCHES)
+    half, half_active, half_opt = masked(**settings)
+    train(half, half_opt, BATCHES[:3])
+    file = io.BytesIO()
+    torch.save({"model": half.state_dict(), "optimizer": half_opt.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other, other_active, other_opt = masked(**settings)
+    other.load_state_dict(saved["model"])
+    other_opt.load_state_dict(saved["optimizer"])
+    train(other, other_opt, BATCHES[3:])
+    assert torch.equal(other_active.values, active.values)
+    assert (active.ema is None) == ("ema_decay" not in settings)
+    assert active.ema is None or torch.equal(other_active.ema, active.ema)
+
+
+def test_masked_steps_equal_dense_adam_with_masked_gradients():
+    model, active, opt = masked(weight_decay=0.0)
+    torch.manual_seed(0)
+    dense = conv_net()
+    expected = torch.optim.Adam(dense.parameters(), lr=0.01)
+    for x in BATCHES:
+        train(model, opt, [x])
+        expected.zero_grad()
+        dense(x).square().mean().backward()
+        for name, weight in dense.named_parameters():
+            weight.grad *= active.mask.to_dense(name)
+        expected.step()
+    for name, weight in dense.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_first_moment_there_is_no_buffer_for_it():
+    model, active, opt = masked(betas=(0.0, 0.999))
+    train(model, opt, BATCHES[:1])
+    (state,) = opt.state.values()
+    assert set(state) == {"step", "exp_avg_sq"} and state["exp_avg_sq"].numel() == active.numel
+
+
+def test_schedulers_scalers_and_clipping():
+    model, active, opt = masked()
+    schedule = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    for x in BATCHES[:3]:
+        opt.zero_grad(set_to_none=True)
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.unscale_(opt)
+        norm = torch.nn.utils.clip_grad_norm_(active.parameters(), 1e-3)
+        assert float(norm) > 1e-3
+        active.bind_()
+        assert float(active.grads.norm()) == pytest.approx(1e-3, rel=1e-3)
+        scaler.step(opt)
+        scaler.update()
+        schedule.step()
+    assert opt.param_groups[0]["lr"] == pytest.approx(0.01)
+    before = active.values.clone()
+    active.grads.fill_(torch.inf)
+    scaler.unscale_(opt)
+    scaler.step(opt)  # skipped: the gradients are infinite
+    assert torch.equal(active.values, before)
+
+
+@pytest.mark.parametrize("settings", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"ema_decay": 1.0}, {"weight_decay": float("nan")}])
+def test_bad_settings(settings):
+    with pytest.raises(ValueError, match="MaskedAdamW: "):
+        masked(**settings)
+
+
+def test_plain_parameters_are_refused():
+    with pytest.raises(TypeError, match="for plain parameters use torch.optim.AdamW"):
+        MaskedAdamW(conv_net().parameters())
+
+
+def test_a_state_of_another_mask_is_refused():
+    model, _, opt = masked()
+    train(model, opt, BATCHES[:1])
+    state = copy.deepcopy(opt.state_dict())
+    _, _, other = masked(density=0.6)
+    with pytest.raises(ValueError, match="load the mask it was saved with"):
+        other.load_state_dict(state)
+
+
+def test_closures():
+    model, active, opt = masked(lr=1e-4)
+
+    def closure():
+        opt.zero_grad()
+        loss = model(BATCHES[0]).square().mean()
+        loss.backward()
+        return loss
+
+    first = opt.step(closure)
+    assert opt.step(closure).item() < first.item()
