@@ -47,7 +47,9 @@ def apply_mask(
         raise ValueError(f'unmaskable: expected "frozen" or "dense", got {unmaskable!r}')
     for name, module in model.named_modules():
         if isinstance(module, MaskedLayer):
-            raise ValueError(f"{name or type(model).__name__} is masked already; call active.remove() before apply_mask")
+            raise ValueError(
+                f"{name or type(model).__name__} is masked already; call active.remove() before apply_mask"
+            )
     found = survey(model)
     _check_mask(model, mask, found, unmaskable)
     return ActiveParameters(model, mask, found, unmaskable == "dense")
@@ -98,7 +100,9 @@ class ActiveParameters:
             if parameter.is_floating_point():
                 parameter.requires_grad_(train_refused and name in found.refused)
         for module_name in self._swapped:
-            masks = {own: m for own in ("weight", "bias") if (m := mask.parameters.get(_join(module_name, own))) and m.numel}
+            masks = {
+                own: m for own in ("weight", "bias") if (m := mask.parameters.get(_join(module_name, own))) and m.numel
+            }
             mask_layer(model.get_submodule(module_name), masks, dtype)
         adopted = [n for n in found.refused if train_refused]
         self._entries = self._lay_out(parameters, adopted)
@@ -171,7 +175,7 @@ class ActiveParameters:
             return stretch.view(out, height, width, in_).permute(0, 3, 1, 2)
         return stretch.view(shape)
 
-    # -- views ------------------------------------------------------------------------------------------------------
+    # -- views -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def bind_(self) -> None:
@@ -224,7 +228,7 @@ class ActiveParameters:
 
     @torch.no_grad()
     def scatter_(self) -> None:
-        """Copy the active weights into the dense ones; after a step of ``MaskedAdamW`` or any torch optimizer it is done."""
+        """Copy the active weights into the dense ones, as every step of any optimizer does."""
         self.bind_()
         self.scatter_table().scatter_(self.values)
         self.bump_versions()
@@ -233,7 +237,7 @@ class ActiveParameters:
         """Tell autograd that dense weights changed, so that a stale backward raises instead of mixing two states."""
         torch.autograd.graph.increment_version([self._dense(entry) for entry in self._entries])
 
-    # -- gradients --------------------------------------------------------------------------------------------------
+    # -- gradients ---------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear the gradients: the flat buffer at once, or every ``p.grad`` to None."""
@@ -284,7 +288,7 @@ class ActiveParameters:
         dense[entry.mask.index(entry.channels_last).to(flat.device)] = stretch
         return dense.view(entry.mask.grid.shape)
 
-    # -- running average --------------------------------------------------------------------------------------------
+    # -- running average ---------------------------------------------------------------------------
 
     @contextmanager
     def ema_weights(self) -> Iterator[nn.Module]:
@@ -305,7 +309,7 @@ class ActiveParameters:
             self.values.copy_(trained)
             self.scatter_()
 
-    # -- the end ----------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def check(self) -> None:
@@ -370,7 +374,8 @@ class ActiveParameters:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"ActiveParameters({self.numel:,} weights of {type(self.model).__name__} in {len(self._entries)} parameters)"
+        model = type(self.model).__name__
+        return f"ActiveParameters({self.numel:,} weights of {model} in {len(self._entries)} parameters)"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_table": None, "_table_key": ()}  # addresses of another model's weights

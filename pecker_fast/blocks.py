@@ -58,7 +58,9 @@ class BlockGrid:
         out, in_ = shape[:2]
         if block == "auto":
             block = "row" if min(out, in_) < AUTO_ROWS_BELOW else AUTO_TILE
-        size = (1, in_) if block == "row" or by_row else (min(block[0], out), min(block[1], in_))
+        if by_row or isinstance(block, str):
+            block = (1, in_)
+        size = (min(block[0], out), min(block[1], in_))
         return BlockGrid(shape, (out, in_, math.prod(shape[2:])), (max(size[0], 1), max(size[1], 1)))
 
     @property

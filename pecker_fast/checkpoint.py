@@ -82,9 +82,7 @@ def atomic_file(path: StrPath) -> Iterator[Path]:
         try:
             os.replace(unfinished, target)
         except OSError as error:
-            raise FileFormatError(
-                f"{target}: cannot be written ({error.strerror}); choose another name"
-            ) from error
+            raise FileFormatError(f"{target}: cannot be written ({error.strerror}); choose another name") from error
     finally:
         if unfinished.is_file():
             unfinished.unlink()
@@ -121,9 +119,7 @@ def read_json(path: StrPath) -> dict[str, Any]:
     return values
 
 
-def write_safetensors(
-    path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors of any layout and device, and a header of strings.
 
     Tensors that share memory are written once each: on reading they are independent.

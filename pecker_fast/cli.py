@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # how argparse ends: help was asked for, or the usage is wrong
         return stop.code if isinstance(stop.code, int) else USAGE
     if rest:
-        return _fail(
-            options, f"unknown arguments: {' '.join(rest)} (see pecker-fast {options.command} --help)", USAGE
-        )
+        return _fail(options, f"unknown arguments: {' '.join(rest)} (see pecker-fast {options.command} --help)", USAGE)
     try:
         # Imported only now, so that --help and usage errors come at once.
         outcome = importlib.import_module(f"pecker_fast.commands.{options.command}").run(options)

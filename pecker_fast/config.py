@@ -137,7 +137,8 @@ class DistillConfig:
             for label in getattr(self, name) or ():
                 if not isinstance(label, int) or not 0 <= label < self.num_classes:
                     raise ValueError(
-                        f"DistillConfig.{name}: unknown class {label!r}; the model has classes 0 to {self.num_classes - 1}"
+                        f"DistillConfig.{name}: unknown class {label!r}; "
+                        f"the model has classes 0 to {self.num_classes - 1}"
                     )
         if len(set(self.forget)) != len(self.forget):
             raise ValueError(f"DistillConfig.forget: a class is named twice in {self.forget}")

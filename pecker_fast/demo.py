@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pecker_fast.config import DistillConfig, MaskConfig
 from pecker_fast.data import ImageData, load_digits
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.flops import count_flops
+from pecker_fast.mask import BlockMask
 from pecker_fast.metrics import (
     FeatureStatistics,
     frechet_distance,
@@ -108,7 +109,7 @@ class DemoConfig:
         )
 
 
-# -- teacher and judge --------------------------------------------------------------------------------------------------
+# -- teacher and judge -----------------------------------------------------------------------------
 
 
 def default_cache_dir() -> Path:
@@ -162,7 +163,7 @@ def _cached(
     return models.load(folder).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
-# -- judging ------------------------------------------------------------------------------------------------------------
+# -- judging ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -217,7 +218,7 @@ class Evaluator:
         return evaluate_images(*self.images(distiller), self.judge, self.data, self.forget)
 
 
-# -- one run ------------------------------------------------------------------------------------------------------------
+# -- one run ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -238,13 +239,14 @@ def run_one(teacher: nn.Module, config: DistillConfig, steps: int, evaluator: Ev
         mask = distiller.build_mask()
     mask_seconds = seconds = time.perf_counter() - started
 
+    step_flops = _step_flops(teacher, config, mask)
     curve: list[dict[str, Any]] = []
-    step_flops = 0
-    for step, elapsed, flops in _timed_steps(distiller, steps, progress):
-        seconds += elapsed
-        step_flops = flops or step_flops
+    started = time.perf_counter()
+    for step, _ in enumerate(distiller.run(steps, progress=progress), 1):
+        seconds += time.perf_counter() - started
         if step in EVALUATED or step % 25 == 0 or step == steps:
             curve.append({"step": step, "seconds": seconds, **evaluator(distiller)})
+        started = time.perf_counter()
     after = distiller.generator.state_dict()
     final = dataclasses.replace(evaluator, samples=3 * evaluator.samples)(distiller)
     figures = {
@@ -263,25 +265,13 @@ def run_one(teacher: nn.Module, config: DistillConfig, steps: int, evaluator: Ev
     return Run(figures, curve, distiller)
 
 
-def _timed_steps(distiller: MaskedDistiller, steps: int, progress: bool) -> Iterator[tuple[int, float, int]]:
-    """Number of each step, its seconds, and for the second one its FLOPs, which are those of every step.
-
-    Counting slows a step down, so the counted one is given the time of the step before it.
-    """
-    run = distiller.run(steps, progress=progress)
-    elapsed = 0.0
-    for step in range(1, steps + 1):
-        counting = step == min(2, steps)
-        started = time.perf_counter()
-        if counting:
-            with count_flops() as counted:
-                next(run)
-        else:
-            next(run)
-        if not counting or steps == 1:
-            elapsed = time.perf_counter() - started
-        yield step, elapsed, counted.total if counting else 0
-    run.close()
+def _step_flops(teacher: nn.Module, config: DistillConfig, mask: BlockMask) -> int:
+    """FLOPs of one step, counted in a rehearsal, which also takes what only a first step costs out of the times."""
+    rehearsal = MaskedDistiller(teacher, SCHEDULE, config)
+    rehearsal.use_mask(mask)
+    with count_flops() as counted:
+        rehearsal.step()
+    return counted.total
 
 
 def _target(curve: list[dict[str, Any]]) -> dict[str, Any]:
@@ -296,7 +286,7 @@ def _target(curve: list[dict[str, Any]]) -> dict[str, Any]:
     return {"steps_to_target": curve[reached]["step"], "worst_after_target": worst}
 
 
-# -- the whole ----------------------------------------------------------------------------------------------------------
+# -- the whole -------------------------------------------------------------------------------------
 
 
 def plan(config: DemoConfig) -> dict[str, Any]:

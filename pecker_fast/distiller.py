@@ -75,7 +75,7 @@ class MaskedDistiller:
         self.steps_done = 0
         self.mask: BlockMask | None = None
 
-    # -- the mask ---------------------------------------------------------------------------------------------------
+    # -- the mask ----------------------------------------------------------------------------------
 
     def build_mask(self, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> BlockMask:
         """Choose the generator's active weights as ``config.mask`` says, and get everything ready to train.
@@ -147,7 +147,7 @@ class MaskedDistiller:
         epsilon = self._noise(x0.shape)
         return denoising_loss(epsilon, self._predict(model, self.schedule.add_noise(x0, epsilon, t), t, labels)).mean()
 
-    # -- one iteration ----------------------------------------------------------------------------------------------
+    # -- one iteration -----------------------------------------------------------------------------
 
     def step(self) -> dict[str, Tensor]:
         """One iteration: an update of the fake score, then one of the generator.
@@ -262,7 +262,7 @@ class MaskedDistiller:
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (self.steps_done + 1) / warmup) if warmup else lr
         optimizer.step()
 
-    # -- what comes out ---------------------------------------------------------------------------------------------
+    # -- what comes out ----------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(

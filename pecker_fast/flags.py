@@ -32,12 +32,8 @@ def new_command(commands: Any, name: str, summary: str, example: str) -> argpars
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="the result as JSON on stdout, and nothing else there"
-    )
-    parser.add_argument(
-        "--dry_run", action="store_true", help="show settings, sizes and files to write; touch nothing"
-    )
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout, and nothing else there")
+    parser.add_argument("--dry_run", action="store_true", help="show settings, sizes and files to write; touch nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")
     return parser
 
@@ -102,9 +98,7 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
         choices=("global", "layer"),
         help="rank over the whole network or within layers (global)",
     )
-    add(
-        "--mask_accumulate", choices=("signed_sum", "abs", "square"), help="how gradients add up (signed_sum)"
-    )
+    add("--mask_accumulate", choices=("signed_sum", "abs", "square"), help="how gradients add up (signed_sum)")
     add("--mask_batches", type=positive_int, metavar="N", help="batches of the saliency pass")
     add("--mask_lr_scale", choices=("mass", "none"), help="scale the learning rate to the mask (none)")
 

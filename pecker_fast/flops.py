@@ -34,11 +34,11 @@ def count_flops() -> Iterator[FlopCount]:
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
 _CPU_ATTENTION: dict[Any, Callable[..., int]] = {

@@ -100,7 +100,9 @@ class _MaskedLinear(torch.autograd.Function):
         grad_input = None if weight is None else grad_output @ weight
         grad_master = None
         if input is not None:
-            grad_master = masked_weight_grad(grad_output, input, ctx.mask, channels_last=ctx.channels_last).to(ctx.dtype)
+            grad_master = masked_weight_grad(grad_output, input, ctx.mask, channels_last=ctx.channels_last).to(
+                ctx.dtype
+            )
         grad_bias = grad_output.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
         return grad_input, None, grad_master, grad_bias, None, None
 

@@ -99,22 +99,26 @@ class MaskedLinear(MaskedLayer, nn.Linear):
         master = self.master("weight")
         if master is None or not _masked_gradient_pays(self.masks["weight"]):
             return F.linear(input, cast(Tensor, self.linked("weight")), self.linked("bias"))
-        bias = self.linked("bias")
-        context, (input, weight, bias) = _autocast(input, self.weight, bias)
+        context, (x, weight, bias) = _autocast(input, self.weight, self.linked("bias"))
         with context:
             return masked_linear(
-                cast(Tensor, input), cast(Tensor, weight), master, bias, self.masks["weight"], self.channels_last["weight"]
+                cast(Tensor, x),
+                cast(Tensor, weight),
+                master,
+                bias,
+                self.masks["weight"],
+                self.channels_last["weight"],
             )
 
 
 class MaskedConv2d(MaskedLayer, nn.Conv2d):
-    """``nn.Conv2d`` with a weight gradient for active blocks only; keeps its input for backward only if there are any."""
+    """``nn.Conv2d`` with a weight gradient for active blocks only; keeps its input only if there are any."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
         master = self.master("weight")
         if master is not None and not _masked_gradient_pays(self.masks["weight"]):
-            return self._conv_forward(input, cast(Tensor, self.linked("weight")), self.linked("bias"))
+            return cast(Tensor, self._conv_forward(input, cast(Tensor, self.linked("weight")), self.linked("bias")))
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode

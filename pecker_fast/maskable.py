@@ -53,9 +53,7 @@ def survey(model: nn.Module) -> Survey:
     Raises:
         ValueError: The model has no maskable weight.
     """
-    uses = Counter(
-        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
-    )
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     maskable: dict[str, tuple[int, ...]] = {}
     refused: dict[str, str] = {}
     embeddings: set[str] = set()

@@ -74,7 +74,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         }
         super().__init__(active.parameters(), defaults)
 
-    @torch._disable_dynamo  # as torch.optim does it: torch.compiler.disable would import the compiler right away
+    @torch._disable_dynamo  # type: ignore[attr-defined] # as torch.optim does it: torch.compiler.disable would import the compiler right away
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every active weight, from its ``grad``.

@@ -50,9 +50,7 @@ def _demo(commands: Any) -> None:
         "--max_train_steps", type=positive_int, default=150, metavar="N", help="steps of each run (150)"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the unlearning runs (0)")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/demo"), metavar="DIR", help="(runs/demo)"
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), metavar="DIR", help="(runs/demo)")
     cache_flags(parser)
 
 
@@ -83,9 +81,7 @@ def _pretrain(commands: Any) -> None:
         metavar="N",
         help="of the noise schedule (1000)",
     )
-    add(
-        "--num_inference_steps", type=positive_int, default=20, metavar="N", help="of DDIM when sampling (20)"
-    )
+    add("--num_inference_steps", type=positive_int, default=20, metavar="N", help="of DDIM when sampling (20)")
     add("--seed", type=seed, default=0, metavar="N", help="(0)")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
     device_flag(parser)
@@ -102,15 +98,9 @@ def _mask(commands: Any) -> None:
     source_flag(parser)
     forget_flag(parser)
     mask_flags(parser, ("saliency", "random"))
-    parser.add_argument(
-        "--forget_batch_size", type=positive_int, metavar="N", help="images of a batch of the pass"
-    )
-    parser.add_argument(
-        "--t_init", type=int, metavar="T", help="timestep of the one-step samples it looks at"
-    )
-    parser.add_argument(
-        "--train_data_dir", type=Path, metavar="DIR", help="look at DIR/<class>/*.png instead"
-    )
+    parser.add_argument("--forget_batch_size", type=positive_int, metavar="N", help="images of a batch of the pass")
+    parser.add_argument("--t_init", type=int, metavar="T", help="timestep of the one-step samples it looks at")
+    parser.add_argument("--train_data_dir", type=Path, metavar="DIR", help="look at DIR/<class>/*.png instead")
     parser.add_argument("--seed", type=seed, metavar="N", help="of the samples, or of the random mask")
     parser.add_argument(
         "--output_file",
@@ -190,9 +180,7 @@ def _sample(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="a model folder")
-    add(
-        "--class", dest="labels", type=int, nargs="+", required=True, metavar="C", help="one class or several"
-    )
+    add("--class", dest="labels", type=int, nargs="+", required=True, metavar="C", help="one class or several")
     add("--num", type=positive_int, default=16, metavar="N", help="images of each class (16)")
     add("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
     add(
@@ -216,9 +204,7 @@ def _evaluate(commands: Any) -> None:
     subject.add_argument("--model", type=Path, metavar="DIR", help="a model folder")
     subject.add_argument("--images", type=Path, metavar="FILE", help="npz that pecker-fast sample wrote")
     forget_flag(parser)
-    parser.add_argument(
-        "--num", type=positive_int, default=100, metavar="N", help="images of each class (100)"
-    )
+    parser.add_argument("--num", type=positive_int, default=100, metavar="N", help="images of each class (100)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
     cache_flags(parser)
     device_flag(parser)

@@ -120,9 +120,7 @@ def train_classifier(
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
     with _seeded(seed, images.device):
-        for _ in _optimize(
-            model, optimizer, loss_of_batch, steps=steps, name="classifier", progress=progress
-        ):
+        for _ in _optimize(model, optimizer, loss_of_batch, steps=steps, name="classifier", progress=progress):
             pass
     return model.eval()
 
@@ -148,7 +146,7 @@ def _optimize(
                     "lower learning_rate or check the images"
                 )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             cosine.step()

@@ -73,9 +73,7 @@ def before_after(
         for i in forget:
             rim = _gap(height) / 2
             corner, size = (-rim, i * row - rim), (grid.shape[1] + 2 * rim, height + 2 * rim)
-            axes.add_patch(
-                Rectangle(corner, *size, fill=False, edgecolor=_MARKED, linewidth=3, clip_on=False)
-            )
+            axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_MARKED, linewidth=3, clip_on=False))
     _write(figure, path)
 
 
@@ -116,9 +114,7 @@ def curves(path: StrPath, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
     grid[-1][0].set_xlabel("steps")
     grid[-1][1].set_xlabel("seconds of training, the mask included")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False, fontsize=11
-    )
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False, fontsize=11)
     _write(figure, path)
 
 

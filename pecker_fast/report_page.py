@@ -49,9 +49,7 @@ def html(path: str | os.PathLike[str], metrics: Mapping[str, Any], pictures: Map
         seed=escape(str(metrics.get("seed", _NONE))),
         table=_html_table(_cells(metrics)),
         pictures="\n".join(_figure(heading, picture) for heading, picture in pictures.items()),
-        meanings="\n".join(
-            f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _MEANINGS.items()
-        ),
+        meanings="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _MEANINGS.items()),
         settings=escape(json.dumps(metrics.get("settings", {}), indent=2)),
         versions=_pairs(metrics.get("versions", {})),
     )

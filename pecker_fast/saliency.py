@@ -64,7 +64,8 @@ class Saliency(dict[str, Tensor]):
     def grids(self, block: Block) -> dict[str, BlockGrid]:
         """Every weight cut as ``block`` asks."""
         return {
-            name: BlockGrid.of(tuple(value.shape), block, by_row=name in self.embeddings) for name, value in self.items()
+            name: BlockGrid.of(tuple(value.shape), block, by_row=name in self.embeddings)
+            for name, value in self.items()
         }
 
     def mass(self, parameters: Mapping[str, ParameterMask]) -> float:

@@ -29,9 +29,7 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    _tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the table once, so that no method has to.

@@ -104,7 +104,7 @@ def test_off_mask_weights_survive_a_mask_change():
     assert first != second
 
 
-# -- rule 1: the backward is pure ---------------------------------------------------------------------------------------
+# -- rule 1: the backward is pure ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("set_to_none", [False, True])
@@ -138,7 +138,7 @@ def test_the_forward_is_unchanged_to_the_bit():
     assert torch.equal(model(x, c), expected)
 
 
-# -- rule 2: p.data and p.grad are the truth ----------------------------------------------------------------------------
+# -- rule 2: p.data and p.grad are the truth -------------------------------------------------------
 
 
 def test_bind_takes_over_what_replaced_a_view():
@@ -170,7 +170,7 @@ def test_a_deep_copy_has_its_own_store():
     assert any(not torch.equal(before[n], w) for n, w in other.state_dict().items())
 
 
-# -- rule 3: masters follow the device, never the dtype -----------------------------------------------------------------
+# -- rule 3: masters follow the device, never the dtype --------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -201,7 +201,7 @@ def test_bfloat16_weights_have_float32_masters_that_add_up_small_steps():
     assert values == {1.0, float(torch.tensor(0.99).bfloat16())}
 
 
-# -- rule 4: state dicts are those of the dense model -------------------------------------------------------------------
+# -- rule 4: state dicts are those of the dense model ----------------------------------------------
 
 
 def test_state_dict_keys_are_the_dense_ones_and_load_strictly():
@@ -228,7 +228,7 @@ def test_a_checkpoint_with_a_missing_or_reshaped_weight_is_refused():
         model.load_state_dict(state)
 
 
-# -- rule 5: biases, norms and embeddings keep a dense tensor in the model's dtype --------------------------------------
+# -- rule 5: biases, norms and embeddings keep a dense tensor in the model's dtype -----------------
 
 
 @pytest.mark.parametrize("name", ["norm.weight", "norm.bias", "batch_norm.weight", "layer_norm.bias", "hidden.bias"])
@@ -256,7 +256,7 @@ def test_an_embedding_trains_its_active_rows():
     assert not torch.equal(model.classes.weight[:3], before[:3])
 
 
-# -- rule 6: what forward does not reach is refused ---------------------------------------------------------------------
+# -- rule 6: what forward does not reach is refused ------------------------------------------------
 
 
 def test_unreachable_weights_are_left_out_by_name():
@@ -316,7 +316,7 @@ def test_unmaskable_weights_train_dense_on_request():
     assert model.upsample.weight.requires_grad and type(model.upsample) is nn.ConvTranspose2d
 
 
-# -- rule 7: foreign optimizers -----------------------------------------------------------------------------------------
+# -- rule 7: foreign optimizers --------------------------------------------------------------------
 
 
 def test_a_torch_optimizer_scatters_and_a_stale_backward_raises():
@@ -350,7 +350,7 @@ def test_weights_changed_behind_the_stores_back_are_noticed():
         active.remove()
 
 
-# -- rule 8: full float32 weights are views -----------------------------------------------------------------------------
+# -- rule 8: full float32 weights are views --------------------------------------------------------
 
 
 def test_at_density_one_dense_weights_are_views_and_steps_are_adamws():
@@ -373,7 +373,7 @@ def test_at_density_one_dense_weights_are_views_and_steps_are_adamws():
     assert model[0].weight.data_ptr() != active.values.data_ptr()
 
 
-# -- rule 9: compiled models --------------------------------------------------------------------------------------------
+# -- rule 9: compiled models -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", ["row", (8, 8)])
@@ -404,7 +404,7 @@ def test_gradient_checkpointing():
     assert torch.equal(got, active.grads)
 
 
-# -- the rest -----------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
 
 def test_frozen_convolutions_do_not_keep_their_input():
@@ -445,7 +445,11 @@ def test_a_frozen_prefix_in_channels_last_survives_the_group_norm_crash():
         print(bool(active.grads.abs().sum() > 0))
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "True"

@@ -69,9 +69,7 @@ def untrained_judge(monkeypatch):
 
 
 def _unlearn(teacher, *more):
-    return main(
-        ["unlearn", "--pretrained_model_name_or_path", str(teacher), "--forget_class", "3", *QUICK, *more]
-    )
+    return main(["unlearn", "--pretrained_model_name_or_path", str(teacher), "--forget_class", "3", *QUICK, *more])
 
 
 def _damage(folder, name, text):

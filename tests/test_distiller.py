@@ -121,7 +121,9 @@ def test_only_active_weights_of_the_generator_move(kind, block):
     assert moved and set(moved) <= {name for name, p in mask.parameters.items() if p.numel}
     assert all(torch.equal(before[name], weight) for name, weight in teacher.state_dict().items())
     assert not any(
-        torch.equal(before[name], weight) for name, weight in distiller.fake_score.state_dict().items() if "conv" in name
+        torch.equal(before[name], weight)
+        for name, weight in distiller.fake_score.state_dict().items()
+        if "conv" in name
     )
 
 
@@ -160,7 +162,9 @@ def test_saliency_is_that_of_the_noise_prediction_loss_on_given_images():
     rng = torch.Generator().manual_seed(0)
     t = torch.randint(1000, (5,), generator=rng)
     epsilon = torch.randn(images.shape, generator=rng)
-    ((epsilon - teacher.eval()(SCHEDULE.add_noise(images, epsilon, t), t, labels)) ** 2).sum((1, 2, 3)).mean().backward()
+    ((epsilon - teacher.eval()(SCHEDULE.add_noise(images, epsilon, t), t, labels)) ** 2).sum(
+        (1, 2, 3)
+    ).mean().backward()
     saliency = {name: p.grad.square() for name, p in teacher.named_parameters()}
     assert mask == BlockMask.from_saliency(saliency, 0.3, "row")
 
@@ -285,8 +289,9 @@ def test_a_diffusers_unet(tmp_path):
     loaded = diffusers.UNet2DModel.from_pretrained(tmp_path / "model")
     with distiller.averaged() as averaged:
         assert all(torch.equal(averaged.state_dict()[name], weight) for name, weight in loaded.state_dict().items())
+    unconditional = diffusers.UNet2DModel(sample_size=8, **(small | {"num_class_embeds": None}), **blocks)
     with pytest.raises(TypeError, match="num_class_embeds"):
-        MaskedDistiller(diffusers.UNet2DModel(sample_size=8, **{**small, "num_class_embeds": None}, **blocks), schedule, config())  # fmt: skip
+        MaskedDistiller(unconditional, schedule, config())
 
 
 def test_a_diverged_run_says_so():

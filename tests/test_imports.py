@@ -18,9 +18,9 @@ LAYERS = [
     ["active"],
     ["optim"],
     ["distiller"],
-    ["report"],
+    ["report", "report_page", "flags"],
     ["demo"],
-    ["commands"],
+    ["commands", "parser"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

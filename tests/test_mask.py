@@ -16,7 +16,7 @@ BLOCKS = ["row", "element", "auto", (64, 64), (3, 5), (1, 1)]
 SHAPES = [(1,), (7,), (5, 9), (130, 129), (6, 10, 3, 3), (20, 1, 1, 1)]
 
 
-# -- geometry -----------------------------------------------------------------------------------------------------------
+# -- geometry --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -63,7 +63,7 @@ def test_bad_blocks_are_refused(block):
         BlockMask.random(conv_net(), 0.1, block)
 
 
-# -- ranking ------------------------------------------------------------------------------------------------------------
+# -- ranking ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.37, 1.0])
@@ -90,7 +90,7 @@ def test_blocks_are_the_longest_prefix_by_mean_saliency(block, density):
             blocks.append((float(value.flatten()[index].double().mean()), len(index), name, number))
     blocks.sort(key=lambda b: -b[0])  # stable: ties by position
     budget, expected = round(density * mask.total), set()
-    for mean, size, name, number in blocks:
+    for _, size, name, number in blocks:
         if size > budget and expected:
             break
         expected.add((name, number))
@@ -147,7 +147,7 @@ def test_mass_is_the_share_of_gradient_magnitude():
     assert plain.mass == pytest.approx(0.9) and squared.mass == pytest.approx(0.75)
 
 
-# -- the control --------------------------------------------------------------------------------------------------------
+# -- the control -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", ["row", "element", (8, 8)])
@@ -179,7 +179,7 @@ def test_at_least_one_block_is_active():
     assert BlockMask.from_saliency({"weight": torch.rand(2, 100)}, 1e-6, "row").numel == 100
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -92,7 +92,9 @@ def test_schedulers_scalers_and_clipping():
     assert torch.equal(active.values, before)
 
 
-@pytest.mark.parametrize("settings", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"ema_decay": 1.0}, {"weight_decay": float("nan")}])
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1}, {"betas": (1.0, 0.9)}, {"ema_decay": 1.0}, {"weight_decay": float("nan")}]
+)
 def test_bad_settings(settings):
     with pytest.raises(ValueError, match="MaskedAdamW: "):
         masked(**settings)

@@ -10,7 +10,11 @@ from torch import nn
 from pecker_fast import BlockMask, compute_saliency
 from pecker_fast.errors import NonFiniteError
 
-DEFINITION = {"signed_sum": lambda g: sum(g).abs(), "abs": lambda g: sum(x.abs() for x in g), "square": lambda g: sum(x**2 for x in g)}  # fmt: skip
+DEFINITION = {
+    "signed_sum": lambda grads: sum(grads).abs(),
+    "abs": lambda grads: sum(g.abs() for g in grads),
+    "square": lambda grads: sum(g**2 for g in grads),
+}
 
 
 def loss_fn(model, batch):

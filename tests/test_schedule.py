@@ -21,9 +21,7 @@ def test_linear_has_the_published_values_at_440():
 def test_table_agrees_with_diffusers(name):
     diffusers = pytest.importorskip("diffusers")
     ours = getattr(NoiseSchedule, name)()
-    scheduler = diffusers.DDPMScheduler(
-        1000, ours.recipe["beta_start"], ours.recipe["beta_end"], beta_schedule=name
-    )
+    scheduler = diffusers.DDPMScheduler(1000, ours.recipe["beta_start"], ours.recipe["beta_end"], beta_schedule=name)
     theirs = NoiseSchedule.from_diffusers(scheduler)
     torch.testing.assert_close(theirs.alphas_cumprod, ours.alphas_cumprod, rtol=2e-5, atol=0)
     assert torch.equal(theirs.alphas_cumprod.float(), scheduler.alphas_cumprod)

@@ -24,16 +24,10 @@ def run(options: argparse.Namespace) -> Outcome:
         progress=not options.quiet,
     )
     if options.dry_run:
-        settings = dataclasses.asdict(config) | {
-            "cache_dir": str(config.cache_dir or demo.default_cache_dir())
-        }
+        settings = dataclasses.asdict(config) | {"cache_dir": str(config.cache_dir or demo.default_cache_dir())}
         names = ("report.html", "before_after.png", "curves.png", "saliency.png", "metrics.json", "model/")
         writes = [str(options.output_dir / name) for name in (*names, "mask.safetensors")]
-        return Outcome(
-            {"dry_run": True, "settings": settings, "plan": demo.plan(config), "would_write": writes}
-        )
+        return Outcome({"dry_run": True, "settings": settings, "plan": demo.plan(config), "would_write": writes})
     metrics = demo.run_demo(config, options.output_dir)
     page = options.output_dir / "report.html"
-    return Outcome(
-        metrics, f"{report.table(metrics)}\n\nOpen {page} for the pictures and what the numbers mean."
-    )
+    return Outcome(metrics, f"{report.table(metrics)}\n\nOpen {page} for the pictures and what the numbers mean.")

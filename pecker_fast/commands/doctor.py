@@ -38,9 +38,7 @@ def run(options: argparse.Namespace) -> Outcome:
     }
     values = {"versions": versions, "machine": machine, "native": build, "backends": choices}
     sections = {"versions": versions, "machine": machine, "native": build}
-    text = "\n\n".join(
-        [*(_section(name, entries) for name, entries in sections.items()), f"backends\n{table!r}"]
-    )
+    text = "\n\n".join([*(_section(name, entries) for name, entries in sections.items()), f"backends\n{table!r}"])
     return Outcome(values, text)
 
 

@@ -60,9 +60,7 @@ def _check_labels(options: argparse.Namespace, labels: Tensor) -> None:
     """There must be something to measure on both sides."""
     subject = options.images or options.model
     if not 0 <= int(labels.min()) <= int(labels.max()) < _CLASSES:
-        raise FileFormatError(
-            f"{subject}: expected labels 0 to {_CLASSES - 1}, got {labels.min()} to {labels.max()}"
-        )
+        raise FileFormatError(f"{subject}: expected labels 0 to {_CLASSES - 1}, got {labels.min()} to {labels.max()}")
     forgotten = torch.isin(labels, torch.tensor(options.forget_class))
     if not bool(forgotten.any()) or int((~forgotten).sum()) < 2:
         raise ValueError(

@@ -53,18 +53,7 @@ def write_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def to_pixels(images: Tensor) -> Pixels:
     """(N, C, H, W) in [-1, 1] -> (N, H, W, C) uint8, rounded."""
-    return (
-        images.detach()
-        .cpu()
-        .float()
-        .clamp(-1, 1)
-        .add(1)
-        .mul(127.5)
-        .round()
-        .byte()
-        .permute(0, 2, 3, 1)
-        .numpy()
-    )
+    return images.detach().cpu().float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def write_images(file: Path, images: Tensor, labels: Tensor, columns: int) -> None:
@@ -84,9 +73,7 @@ def write_images(file: Path, images: Tensor, labels: Tensor, columns: int) -> No
     if file.suffix.lower() == ".png":
         _write_grid(file, pixels, columns)
     else:
-        write_file(
-            file, lambda stream: np.savez_compressed(stream, images=pixels, labels=labels.cpu().numpy())
-        )
+        write_file(file, lambda stream: np.savez_compressed(stream, images=pixels, labels=labels.cpu().numpy()))
 
 
 def read_images(file: Path, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -107,16 +94,14 @@ def read_images(file: Path, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor
             pixels, labels = arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise FileFormatError(
-            f"{file}: cannot be read as an npz with images and labels ({error}); "
-            "write one with pecker-fast sample"
+            f"{file}: cannot be read as an npz with images and labels ({error}); write one with pecker-fast sample"
         ) from error
     channels, height, width = sample_shape
     expected = f"images (N, {height}, {width}, {channels}) uint8 and labels (N,) int64"
     fits = pixels.shape[1:] == (height, width, channels) and pixels.dtype == np.uint8 and len(pixels) > 0
     if not fits or labels.shape != pixels.shape[:1] or labels.dtype != np.int64:
         raise FileFormatError(
-            f"{file}: expected {expected}, "
-            f"got {pixels.shape} {pixels.dtype} and {labels.shape} {labels.dtype}"
+            f"{file}: expected {expected}, got {pixels.shape} {pixels.dtype} and {labels.shape} {labels.dtype}"
         )
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     return images, torch.from_numpy(labels)
@@ -127,8 +112,7 @@ def _write_grid(file: Path, pixels: Pixels, columns: int) -> None:
         from PIL import Image
     except ImportError as error:
         raise ImportError(
-            "writing a PNG needs Pillow, which is not installed; "
-            "run: pip install pecker_fast[demo], or write an .npz"
+            "writing a PNG needs Pillow, which is not installed; run: pip install pecker_fast[demo], or write an .npz"
         ) from error
     count, height, width, channels = pixels.shape
     if channels not in (1, 3):

@@ -18,9 +18,7 @@ def run(options: argparse.Namespace) -> Outcome:
     if options.dry_run:
         active = round(config.mask.density * source.parameters)
         parameters = {"model": source.parameters, "active_at_most": active}
-        return dry_run(
-            config.mask.to_dict() | {"forget": config.forget}, parameters, [str(options.output_file)]
-        )
+        return dry_run(config.mask.to_dict() | {"forget": config.forget}, parameters, [str(options.output_file)])
     batches = None
     if options.train_data_dir is not None:
         batches = forget_batches(options.train_data_dir, source, config)

@@ -41,12 +41,8 @@ def run(options: argparse.Namespace) -> Outcome:
     parameters = {"model": sum(parameter.numel() for parameter in model.parameters())}
     summary: dict[str, Any] = {"images": len(data), "classes": list(data.class_names), **settings}
     if options.dry_run:
-        writes = [
-            str(options.output_dir / name) for name in ("config.json", "diffusion_pytorch_model.safetensors")
-        ]
-        return dry_run(
-            {**summary, "architecture": architecture, "generation": generation}, parameters, writes
-        )
+        writes = [str(options.output_dir / name) for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+        return dry_run({**summary, "architecture": architecture, "generation": generation}, parameters, writes)
     with atomic_folder(options.output_dir) as folder:
         trained = train_denoiser(model, data, schedule, progress=not options.quiet, **settings)
         models.storage.write_model(trained, folder, generation)
@@ -61,9 +57,7 @@ def _load(options: argparse.Namespace) -> ImageData:
             )
         return load_digits()
     if options.resolution is None:
-        raise ValueError(
-            "--resolution: expected the height and width of the images in --train_data_dir, got none"
-        )
+        raise ValueError("--resolution: expected the height and width of the images in --train_data_dir, got none")
     return load_image_folder(options.train_data_dir, image_size=options.resolution, channels=options.channels)
 
 

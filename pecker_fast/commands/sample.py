@@ -28,9 +28,7 @@ def run(options: argparse.Namespace) -> Outcome:
     model = models.load(options.model).to(torch_device(options.device))
     if options.dry_run:
         count = sum(parameter.numel() for parameter in model.parameters())
-        return dry_run(
-            settings | {"generation": config["generation"]}, {"model": count}, [str(options.output)]
-        )
+        return dry_run(settings | {"generation": config["generation"]}, {"model": count}, [str(options.output)])
     labels = torch.tensor(options.labels).repeat_interleave(options.num)
     images = draw(model, config["generation"], labels, options.seed)
     columns = options.num if len(options.labels) > 1 else math.ceil(math.sqrt(options.num))
@@ -77,9 +75,7 @@ def draw(model: nn.Module, generation: dict[str, Any], labels: Tensor, seed: int
     batches = []
     for start in range(0, len(labels), _BATCH):
         part = slice(start, start + _BATCH)
-        batches.append(
-            models.generate(model, generation, labels[part].to(device), noise=noise[part].to(device)).cpu()
-        )
+        batches.append(models.generate(model, generation, labels[part].to(device), noise=noise[part].to(device)).cpu())
     images = torch.cat(batches)
     bad = int((~images.isfinite()).sum())
     if bad:

@@ -31,8 +31,7 @@ class ImageData:
             raise ValueError(f"images must be (N, C, H, W) float32, got {tuple(images.shape)} {images.dtype}")
         if labels.shape != (len(images),) or labels.dtype != torch.int64:
             raise ValueError(
-                f"labels must be ({len(images)},) int64 to match the images, "
-                f"got {tuple(labels.shape)} {labels.dtype}"
+                f"labels must be ({len(images)},) int64 to match the images, got {tuple(labels.shape)} {labels.dtype}"
             )
         classes = len(self.class_names)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:

@@ -52,8 +52,7 @@ def save(model: nn.Module, folder: StrPath, generation: Mapping[str, Any] | None
     """
     if _CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(
-            f"expected {_known_classes()}, got {type(model).__name__}; "
-            "unwrap it or save it with its own library"
+            f"expected {_known_classes()}, got {type(model).__name__}; unwrap it or save it with its own library"
         )
     with atomic_folder(folder) as unfinished:
         write_model(model, unfinished, generation)
@@ -100,8 +99,7 @@ def load_config(folder: StrPath) -> dict[str, Any]:
         )
     if version != FORMAT_VERSION:
         raise FileFormatError(
-            f"{path}: _format_version is {version!r}, expected {FORMAT_VERSION}; "
-            "if it is newer, upgrade pecker_fast"
+            f"{path}: _format_version is {version!r}, expected {FORMAT_VERSION}; if it is newer, upgrade pecker_fast"
         )
     if not isinstance(config.get("architecture"), dict):
         raise FileFormatError(f"{path}: architecture is missing; expected the arguments of {name}")
@@ -212,9 +210,7 @@ def _check_weights(path: Path, expected: Mapping[str, Tensor], weights: Mapping[
     for name, tensor in weights.items():
         wanted = expected[name]
         if tensor.shape != wanted.shape:
-            raise FileFormatError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}"
-            )
+            raise FileFormatError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted.shape)}")
         if tensor.is_floating_point() != wanted.is_floating_point():
             raise FileFormatError(f"{path}: {name} holds {tensor.dtype}, expected {wanted.dtype}")
 

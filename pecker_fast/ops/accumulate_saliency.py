@@ -23,7 +23,7 @@ def accumulate_saliency_(
 ) -> Tensor:
     """Add one gradient to a running saliency, in place.
 
-    In plain torch: ``total += f(grad)`` with f(g) = g, ``|g|`` or ``g**2``; with ``grid`` the sum of f(g) over each block.
+    In plain torch: ``total += f(grad)`` with f(g) = g, ``|g|`` or ``g**2``; with ``grid`` its sum over each block.
     The signed sum is SalUn's: its magnitude is taken once, at the end (Fan et al. 2024, arXiv 2310.12508).
 
     Args:
@@ -52,9 +52,7 @@ def accumulate_saliency_(
     if total.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"accumulate_saliency_: total must be float32 or float64, got {total.dtype}")
     view, block = (None, None) if grid is None else (grid.view, grid.block)
-    torch.ops.pecker_fast.accumulate_saliency_(
-        total, grad, accumulate, view, block, backend
-    )
+    torch.ops.pecker_fast.accumulate_saliency_(total, grad, accumulate, view, block, backend)
     return total
 
 

@@ -103,7 +103,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the block, every op that has backend ``name`` uses it, and raises where it cannot run.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda". An op for which that backend was never written keeps its own choice.
+        name: "reference", "cpu", "triton" or "cuda". An op that was never written for it keeps its own choice.
     """
     _check_name(name)
     token = _requested.set(name)

@@ -110,7 +110,7 @@ def masked_adamw_reference_(
     if exp_avg is not None:
         exp_avg.add_((g - exp_avg).mul_(1 - beta1))
     exp_avg_sq.mul_(beta2).add_(g.square().mul_(1 - beta2))
-    denominator = exp_avg_sq.double().sqrt_().to(exp_avg_sq.dtype).div_(math.sqrt(1 - beta2**step)).add_(eps)
+    denominator = exp_avg_sq.double().sqrt().to(exp_avg_sq.dtype).div_(math.sqrt(1 - beta2**step)).add_(eps)
     momentum = g if exp_avg is None else exp_avg
     value.sub_((momentum / denominator).mul_(lr / (1 - beta1**step)))
     if ema is not None:
@@ -127,9 +127,7 @@ def _cpu(
     *hyper: Any,
 ) -> None:
     buffers = _addresses(value, grad, exp_avg, exp_avg_sq, ema)
-    native.load().masked_adamw_cpu(
-        **buffers, **native_table(table), **_named(hyper), threads=torch.get_num_threads()
-    )
+    native.load().masked_adamw_cpu(**buffers, **native_table(table), **_named(hyper), threads=torch.get_num_threads())
 
 
 def _cuda(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ def _dense_weight_grad(
     _, grad, _ = torch.ops.aten.convolution_backward(
         grad_output, input, weight, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
     )
-    return grad
+    return cast(Tensor, grad)
 
 
 def _channels(tensor: Tensor, channels: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,13 +72,19 @@ def sid_loss_reference(
 class _SidLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, epsilon: Tensor, epsilon_true: Tensor, epsilon_fake: Tensor, sigma: Tensor, alpha: float, backend: str | None
+        ctx: Any,
+        epsilon: Tensor,
+        epsilon_true: Tensor,
+        epsilon_fake: Tensor,
+        sigma: Tensor,
+        alpha: float,
+        backend: str | None,
     ) -> Tensor:
         loss, grad_true, grad_fake = torch.ops.pecker_fast.sid_loss(
             epsilon, epsilon_true, epsilon_fake, sigma, alpha, backend
         )
         ctx.save_for_backward(grad_true, grad_fake)
-        return loss
+        return cast(Tensor, loss)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -100,7 +106,9 @@ library.define(
 def _run(
     epsilon: Tensor, epsilon_true: Tensor, epsilon_fake: Tensor, sigma: Tensor, alpha: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    loss, grad_true, grad_fake = _OP.run(_OP.choose(epsilon.device, backend), epsilon, epsilon_true, epsilon_fake, sigma, alpha)
+    loss, grad_true, grad_fake = _OP.run(
+        _OP.choose(epsilon.device, backend), epsilon, epsilon_true, epsilon_fake, sigma, alpha
+    )
     return loss, grad_true, grad_fake
 
 

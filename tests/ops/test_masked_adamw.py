@@ -80,6 +80,15 @@ def test_against_float64(backend, n, settings):
             assert_within_budget(got[name], expected, plain[name])
 
 
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_float64_is_exact_by_the_reference(settings):
+    state = buffers(100, settings, torch.float64)
+    grads = [torch.randn(100, dtype=torch.float64) for _ in range(3)]
+    truth, got = truth_of(state, grads, settings), run(clone(state), grads, settings)
+    for name, expected in truth.items():
+        assert expected is None or torch.allclose(got[name], expected, rtol=1e-12, atol=1e-14), name
+
+
 @needs_native
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("settings", SETTINGS)
