@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a machine with a GPU, in under nine minutes; pecker_fast must be importable.
 #   usage: benchmarks/gpu.sh OUT
-# Writes OUT/machine.json, OUT/tests.{log,xml}, OUT/benchmarks.{log,json} and OUT/summary.txt. A step that fails is
+# Writes OUT/machine.json, OUT/tests.{log,xml}, OUT/benchmarks.{log,json}, OUT/kernels.json and OUT/summary.txt. A step that fails is
 # recorded and the next one runs; the exit status says whether all passed.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT}" && cd "$1" && pwd)
@@ -40,5 +40,6 @@ print(json.dumps(machine, indent=2))
 
 run machine 40 "$python" -c "$describe_machine" "$out/machine.json"
 run tests 200 "$python" -m pytest -q -m gpu --junitxml "$out/tests.xml"
-run benchmarks 260 "$python" -m pytest benchmarks --benchmark-only --benchmark-json "$out/benchmarks.json"
+run benchmarks 260 "$python" -m pytest benchmarks --benchmark-only --benchmark-json "$out/benchmarks.json" \
+  --rows "$out/kernels.json"
 exit $failed

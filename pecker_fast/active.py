@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from pecker_fast.blocks import ParameterMask
+from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.layers import SUFFIX, MaskedLayer, is_channels_last, mask_layer, unmask_layer
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import Survey, survey
@@ -91,6 +91,7 @@ class ActiveParameters:
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._swapped = _layers_to_swap(model, mask, found)
         self._trained: set[str] = set()
+        self._owners: dict[str, nn.Module] = {}
         self._table: ScatterTable | None = None
         self._table_key: tuple[object, ...] = ()
         dtypes = {p.dtype for name, p in model.named_parameters() if name in found.maskable}
@@ -118,7 +119,7 @@ class ActiveParameters:
         for name, parameter in parameters.items():
             mask = self.mask.parameters.get(name)
             if name in adopted:
-                mask = ParameterMask.full(_whole(parameter))
+                mask = ParameterMask.full(BlockGrid.of(tuple(parameter.shape), "row"))
             if mask is None or not mask.numel:
                 continue
             module, _, own = name.rpartition(".")
@@ -159,12 +160,17 @@ class ActiveParameters:
 
     def _entries_parameters(self) -> Iterator[tuple[_Entry, nn.Parameter]]:
         for entry in self._entries:
-            module = self.model.get_submodule(entry.module)
-            parameter = module._parameters[entry.own if entry.adopted else entry.own + SUFFIX]
+            parameter = self._module(entry)._parameters[entry.own if entry.adopted else entry.own + SUFFIX]
             yield entry, cast(nn.Parameter, parameter)
 
     def _dense(self, entry: _Entry) -> nn.Parameter:
-        return cast(nn.Parameter, self.model.get_submodule(entry.module)._parameters[entry.own])
+        return cast(nn.Parameter, self._module(entry)._parameters[entry.own])
+
+    def _module(self, entry: _Entry) -> nn.Module:
+        """The owner of a parameter, looked up once: names are what a copy of the model can rely on."""
+        if entry.module not in self._owners:
+            self._owners[entry.module] = self.model.get_submodule(entry.module)
+        return self._owners[entry.module]
 
     def _view(self, flat: Tensor, entry: _Entry) -> Tensor:
         """The stretch of a flat buffer that belongs to one parameter, in that parameter's shape."""
@@ -378,7 +384,8 @@ class ActiveParameters:
         return f"ActiveParameters({self.numel:,} weights of {model} in {len(self._entries)} parameters)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_table": None, "_table_key": ()}  # addresses of another model's weights
+        # Addresses and modules of the model that this is a copy of would outlive it.
+        return self.__dict__ | {"_table": None, "_table_key": (), "_owners": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -444,12 +451,6 @@ def _layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[st
         for name, module in model.named_modules()
         if name in owners or (type(module) is nn.Conv2d and name in maskable)
     ]
-
-
-def _whole(parameter: Tensor) -> Any:
-    from pecker_fast.blocks import BlockGrid
-
-    return BlockGrid.of(tuple(parameter.shape), "row")
 
 
 def _join(module: str, own: str) -> str:

@@ -125,7 +125,7 @@ def load_data() -> ImageData:
 
 def load_teacher(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> nn.Module:
     """The pretrained diffusion model of digits, from the cache or trained now (about a minute)."""
-    settings = {"steps": 60 if short else 1200, "batch_size": 128, "learning_rate": 3e-3, "ema_decay": 0.998, "seed": 0}
+    settings = {"steps": 60 if short else 1000, "batch_size": 128, "learning_rate": 5e-3, "ema_decay": 0.998, "seed": 0}
     model = DDPMUNet.digits()
 
     def train() -> nn.Module:
@@ -137,7 +137,7 @@ def load_teacher(cache_dir: Path | None = None, progress: bool = True, short: bo
 
 def load_judge(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> DigitsClassifier:
     """The classifier that judges images, trained on four fifths of the real digits, from the cache or trained now."""
-    settings = {"steps": 60 if short else 600, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
+    settings = {"steps": 60 if short else 300, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
     model = DigitsClassifier()
 
     def train() -> nn.Module:

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,18 @@ from pecker_fast.saliency import compute_saliency
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one update draws: labels, what the true score is asked for, weights in the loss, and the noise."""
+
+    labels: Tensor  # (n,)
+    targets: Tensor  # (n,)
+    weights: Tensor  # (n,)
+    noise: Tensor  # (n, *sample_shape), where the generator starts
+    t: Tensor  # (n,)
+    epsilon: Tensor  # (n, *sample_shape), added at timestep t
 
 
 class MaskedDistiller:
@@ -139,7 +152,7 @@ class MaskedDistiller:
     def _forget_batch(self) -> tuple[Tensor, Tensor]:
         labels = self._draw(self.config.forget, self._forget_batch_size)
         with torch.no_grad():
-            return self._generate(labels), labels
+            return self._generate(self._noise((len(labels), *self.config.sample_shape)), labels), labels
 
     def _saliency_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x0, labels = (tensor.to(self.device) for tensor in batch)
@@ -186,16 +199,12 @@ class MaskedDistiller:
         self.fake_score.train()
         optimizer.active.requires_grad_(True)
         optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        for labels, _, weight in self._branches():
-            with torch.no_grad():
-                x0 = self._generate(labels)
-            x_t, t, epsilon = self._diffuse(x0)
-            loss = weight * denoising_loss(epsilon, self._predict(self.fake_score, x_t, t, labels)).mean()
-            loss.backward()
-            total += loss.detach()
-        self._step(optimizer, self.config.fake_score_lr)
-        return total
+        batch = self._draw_batch()
+        with torch.no_grad():
+            x0 = self._generate(batch.noise, batch.labels)
+        x_t = self.schedule.add_noise(x0, batch.epsilon, batch.t)
+        losses = denoising_loss(batch.epsilon, self._predict(self.fake_score, x_t, batch.t, batch.labels))
+        return self._step(optimizer, (batch.weights * losses).sum(), self.config.fake_score_lr)
 
     def _update_generator(self) -> Tensor:
         """The generator moves its samples to where the true score, asked for the target class, wants them."""
@@ -204,25 +213,42 @@ class MaskedDistiller:
         self.fake_score.eval()
         self.fake_score_optimizer.active.requires_grad_(False)
         optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        for labels, targets, weight in self._branches():
-            x_t, t, epsilon = self._diffuse(self._generate(labels))
-            epsilon_true = self._predict(self.true_score, x_t, t, targets)
-            epsilon_fake = self._predict(self.fake_score, x_t, t, labels)
-            sigma = self.schedule.sigma(t, epsilon).flatten()
-            loss = weight * sid_loss(epsilon, epsilon_true, epsilon_fake, sigma, self.config.sid_alpha).mean()
-            loss.backward()
-            total += loss.detach()
-        self._step(optimizer, self.config.generator_lr * self.lr_scale)
-        return total
+        batch = self._draw_batch()
+        x_t = self.schedule.add_noise(self._generate(batch.noise, batch.labels), batch.epsilon, batch.t)
+        epsilon_true = self._predict(self.true_score, x_t, batch.t, batch.targets)
+        epsilon_fake = self._predict(self.fake_score, x_t, batch.t, batch.labels)
+        sigma = self.schedule.sigma(batch.t, x_t).flatten()
+        losses = sid_loss(batch.epsilon, epsilon_true, epsilon_fake, sigma, self.config.sid_alpha)
+        return self._step(optimizer, (batch.weights * losses).sum(), self.config.generator_lr * self.lr_scale)
 
-    def _branches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Retained classes, then forgotten ones: labels, what the true score is asked for, weight of the loss."""
+    def _step(self, optimizer: MaskedAdamW, loss: Tensor, lr: float) -> Tensor:
+        warmup = self.config.warmup_steps
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (self.steps_done + 1) / warmup) if warmup else lr
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    # -- draws --------------------------------------------------------------------------------------
+
+    def _draw_batch(self) -> _Batch:
+        """Retained and forgotten classes in one batch: with the weights of the two means, the published two in one.
+
+        Two batches one after the other have the same gradient (no layer of these networks looks across samples).
+        """
         config = self.config
-        labels = self._draw(config.retained, config.batch_size)
-        yield labels, labels, config.retain_weight
-        labels = self._draw(config.forget, self._forget_batch_size)
-        yield labels, self._override(labels), config.forget_weight
+        retained = self._draw(config.retained, config.batch_size)
+        retain = self._draw_samples(retained, retained, config.retain_weight)
+        forgotten = self._draw(config.forget, self._forget_batch_size)
+        forget = self._draw_samples(forgotten, self._override(forgotten), config.forget_weight)
+        return _Batch(*(torch.cat(pair) for pair in zip(retain, forget, strict=True)))
+
+    def _draw_samples(self, labels: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, ...]:
+        count, config = len(labels), self.config
+        noise = self._noise((count, *config.sample_shape))
+        t = torch.randint(config.t_min, config.t_max, (count,), generator=self.rng, device=self.device)
+        epsilon = self._noise((count, *config.sample_shape))
+        weights = torch.full((count,), weight / count, device=self.device, dtype=self.dtype)
+        return labels, targets, weights, noise, t, epsilon
 
     def _override(self, labels: Tensor) -> Tensor:
         config = self.config
@@ -233,17 +259,12 @@ class MaskedDistiller:
         table[list(config.forget)] = torch.tensor(overrides, device=self.device)
         return table[labels]
 
-    def _generate(self, labels: Tensor) -> Tensor:
+    def _generate(self, noise: Tensor, labels: Tensor) -> Tensor:
         """One-step samples: x0 = (b z - b eps(b z, t_init, c)) / a = sigma_init (z - eps)."""
         t_init = self.config.t_init
-        x_init = self.schedule.std(t_init) * self._noise((len(labels), *self.config.sample_shape))
+        x_init = self.schedule.std(t_init) * noise
         t = torch.full((len(labels),), t_init, device=self.device)
         return self.schedule.predict_x0(x_init, self._predict(self.generator, x_init, t, labels), t_init)
-
-    def _diffuse(self, x0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        t = torch.randint(self.config.t_min, self.config.t_max, (len(x0),), generator=self.rng, device=self.device)
-        epsilon = self._noise(x0.shape)
-        return self.schedule.add_noise(x0, epsilon, t), t, epsilon
 
     def _noise(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal noise; the same draw whatever the networks' dtype."""
@@ -256,11 +277,6 @@ class MaskedDistiller:
     @property
     def _forget_batch_size(self) -> int:
         return self.config.forget_batch_size or self.config.batch_size
-
-    def _step(self, optimizer: MaskedAdamW, lr: float) -> None:
-        warmup = self.config.warmup_steps
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (self.steps_done + 1) / warmup) if warmup else lr
-        optimizer.step()
 
     # -- what comes out ----------------------------------------------------------------------------
 

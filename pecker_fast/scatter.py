@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,15 +83,22 @@ class ScatterTable:
         """Copy ``values`` (numel,) into the dense weights, rounded to their dtype."""
         if self.is_empty:
             return
-        if values.device.type == "cpu" and values.dtype == torch.float32 and native.available():
-            native.load().scatter_cpu(
-                value=values.data_ptr(),
-                numel=self.numel,
-                threads=torch.get_num_threads(),
-                **native_table(self.tensors()),
-            )
-        else:
+        scatter, where = self._native(values)
+        if scatter is None:
             self.scatter_reference_(values)
+        else:
+            with torch.cuda.device_of(values):
+                scatter(value=values.data_ptr(), numel=self.numel, **native_table(self.tensors()), **where)
+
+    def _native(self, values: Tensor) -> tuple[Callable[..., None] | None, dict[str, int]]:
+        """The native kernel for a buffer, if there is one, and where it runs."""
+        if values.dtype != torch.float32:
+            return None, {}
+        if values.device.type == "cpu" and native.available():
+            return native.load().scatter_cpu, {"threads": torch.get_num_threads()}
+        if values.device.type == "cuda" and native.why_not_cuda() is None:
+            return native.load().scatter_cuda, {"stream": torch.cuda.current_stream(values.device).cuda_stream}
+        return None, {}
 
     def scatter_reference_(self, values: Tensor) -> None:
         """Plain-torch twin of ``scatter_``."""

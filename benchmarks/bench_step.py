@@ -1,0 +1,88 @@
+"""One training step of the DDPM UNet at its published width: dense against masked, FLOPs and wall-clock."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from measure import ROWS, Row, race
+from torch import Tensor, nn
+
+from pecker_fast import BlockMask, MaskedAdamW, apply_mask
+from pecker_fast.flops import count_flops
+from pecker_fast.models import DDPMUNet
+
+BATCH = 4
+DENSITY = 0.1
+
+
+@pytest.fixture(scope="module")
+def network(device: torch.device) -> nn.Module:
+    torch.manual_seed(0)
+    return DDPMUNet.cifar10().to(device, memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def batch(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.randn(BATCH, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    return x, torch.randint(1000, (BATCH,), device=device), torch.randint(10, (BATCH,), device=device)
+
+
+@pytest.fixture(scope="module")
+def matmul_rate(device: torch.device) -> float:
+    """FLOPs a second of a large float32 matmul here."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    return 2 * n**3 / race({"matmul": lambda: a @ b})["matmul"]
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor, Tensor]):
+    x, t, c = batch
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x, t, c).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def check(network: nn.Module, mask: BlockMask, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    """The masked gradients are the dense ones at the active blocks."""
+    x, t, c = batch
+    dense, masked = copy.deepcopy(network).eval(), copy.deepcopy(network).eval()
+    active = apply_mask(masked, mask)
+    for model in (dense, masked):
+        model(x[:1], t[:1], c[:1]).square().mean().backward()
+    active.bind_()
+    for name in active.names:
+        expected = dense.get_parameter(name).grad * mask.to_dense(name).to(x.device)
+        torch.testing.assert_close(active.to_dense(active.grads, name), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", ["auto", "row"])
+def bench_step(benchmark, network, batch, matmul_rate, block):
+    mask = BlockMask.random(network, DENSITY, block)
+    check(network, mask, batch)
+    dense, masked = copy.deepcopy(network), copy.deepcopy(network)
+    steps = {
+        "dense": step_of(dense, torch.optim.AdamW(dense.parameters(), lr=1e-4, fused=True), batch),
+        "masked": step_of(masked, MaskedAdamW(apply_mask(masked, mask), lr=1e-4), batch),
+    }
+    flops = {}
+    for name, step in steps.items():
+        with count_flops() as counted:
+            step()
+        flops[name] = counted.total
+    seconds = race(steps, rounds=7)
+    benchmark.pedantic(steps["masked"], rounds=1)
+
+    saved = flops["masked"] / flops["dense"]
+    work = f"{flops['masked'] / 1e9:.0f} : {flops['dense'] / 1e9:.0f} GFLOP ({saved:.3f})"
+    share = f"{flops['masked'] / seconds['masked'] / matmul_rate:.0%} of matmul {matmul_rate / 1e9:.0f} GFLOP/s"
+    ours, theirs = 1e3 * seconds["masked"], 1e3 * seconds["dense"]
+    row = Row(f"UNet step, {block}", f"dense, AdamW fused, batch {BATCH}", mask.density, ours, theirs, work, share)
+    ROWS.append(row)
+    benchmark.extra_info.update({"ratio": row.ratio, "work": work, "share": share})
+    assert saved <= 0.72  # arithmetic, not time: forward and input gradients stay, a tenth of the weight gradient does

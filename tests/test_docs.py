@@ -1,0 +1,26 @@
+"""The README's Python runs, and its tables are those of the result files."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.parametrize("code", BLOCKS, ids=[f"block {i}" for i in range(len(BLOCKS))])
+def test_readme_code_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_readme_tables_are_generated():
+    assert runpy.run_path(str(ROOT / "benchmarks" / "report.py"))["render"](README) == README
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README + (ROOT / "docs" / "design.md").read_text()):
+        assert (ROOT / target).exists(), target
