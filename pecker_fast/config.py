@@ -13,7 +13,7 @@ from pecker_fast.blocks import Block, check_block
 MaskKind = Literal["saliency", "random", "dense"]
 Scope = Literal["global", "layer"]
 AccumulateKind = Literal["signed_sum", "abs", "square"]
-LrScale = Literal["mass", "none"]
+LrScale = Literal["none", "density", "mass"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class MaskConfig:
         scope: Rank blocks over the whole network ("global") or within each layer ("layer").
         accumulate: How gradients add up to saliency: "signed_sum" (SalUn), "abs" or "square".
         batches: Batches of the saliency pass.
-        lr_scale: "mass" multiplies the generator's learning rate by 1 / sqrt(mass * density), mass being the share of
-            the summed gradient magnitude that falls on active weights (1 / density for a random mask): fewer moving
-            weights need larger steps to move the function as far. "none" leaves the learning rate alone.
+        lr_scale: What multiplies the generator's learning rate, because fewer moving weights need larger steps to move
+            the function as far: "none" 1, "density" 1 / density, "mass" 1 / sqrt(mass * density), mass being the
+            share of the summed gradient magnitude that falls on active weights. For a random mask the last two agree.
     """
 
     kind: MaskKind = "saliency"

@@ -91,9 +91,10 @@ class DemoConfig:
                 kind=kind,  # type: ignore[arg-type]
                 density=self.density,
                 block=self.block,
-                accumulate="square",
+                scope="layer",
+                accumulate="signed_sum",
                 batches=8,
-                lr_scale="mass",
+                lr_scale="density",
             ),
             generator_lr=5e-4,
             fake_score_lr=5e-4,

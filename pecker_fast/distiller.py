@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -142,12 +142,13 @@ class MaskedDistiller:
 
     @property
     def lr_scale(self) -> float:
-        """What ``config.mask.lr_scale`` makes of the generator's learning rate: 1 / sqrt(mass * density), or 1."""
-        if self.mask is None or self.config.mask.lr_scale == "none":
+        """What ``config.mask.lr_scale`` multiplies the generator's learning rate by."""
+        rule = self.config.mask.lr_scale
+        if self.mask is None or rule == "none":
             return 1.0
         density = self.mask.density
-        mass = density if self.mask.mass is None else self.mask.mass  # chance has as much mass as density
-        return 1 / math.sqrt(mass * density)
+        by_density = rule == "density" or self.mask.mass is None  # chance has as much mass as density
+        return 1 / density if by_density else 1 / math.sqrt(cast(float, self.mask.mass) * density)
 
     def _forget_batch(self) -> tuple[Tensor, Tensor]:
         labels = self._draw(self.config.forget, self._forget_batch_size)

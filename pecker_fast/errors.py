@@ -9,5 +9,5 @@ class FileFormatError(PeckerFastError, ValueError):
     """A file or folder is missing, truncated, foreign or unwritable (exit code 3 of the command line)."""
 
 
-class NonFiniteError(PeckerFastError, ArithmeticError):
+class NonFiniteError(PeckerFastError, ValueError):
     """A loss, gradient or statistic became NaN or infinite (exit code 4 of the command line)."""

@@ -42,14 +42,15 @@ class Saliency(dict[str, Tensor]):
         """Refuse saliency that ranks nothing.
 
         Raises:
-            ValueError: It is empty, has NaN or infinite values, or is the same everywhere.
+            NonFiniteError: It has NaN or infinite values.
+            ValueError: It is empty, or the same everywhere.
         """
         if sum(value.numel() for value in self.values()) == 0:
             raise ValueError("saliency: expected at least one weight, got none")
         for name, value in self.items():
             bad = int((~value.isfinite()).sum())
             if bad:
-                raise ValueError(
+                raise NonFiniteError(
                     f"saliency[{name!r}]: {bad} of {value.numel()} values are NaN or infinite, so they rank nothing; "
                     f"look for a diverged loss in the saliency pass"
                 )

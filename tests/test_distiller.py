@@ -187,6 +187,8 @@ def test_the_learning_rate_rule():
     mask = salient.build_mask()
     assert mask.density < mask.mass < 1
     assert salient.lr_scale == pytest.approx(1 / math.sqrt(mask.mass * mask.density))
+    by_density = MaskedDistiller(unet(), SCHEDULE, config(mask={"lr_scale": "density", "kind": "saliency"}))
+    assert by_density.build_mask() == mask and by_density.lr_scale == pytest.approx(1 / mask.density)
     dense = MaskedDistiller(unet(), SCHEDULE, config(mask={"lr_scale": "mass", "kind": "dense"}))
     dense.build_mask()
     assert dense.lr_scale == 1.0

@@ -64,20 +64,27 @@ class Op:
             ValueError: ``backend`` is not the name of a backend.
             RuntimeError: The backend that was asked for cannot run here; the message says why.
         """
-        asked = backend or _requested.get()
+        asked = backend or self._requested()
         if asked is not None:
             reason = self.why_not(asked, device.type)
-            if reason is None:
-                return asked
-            if backend is not None or asked in self.backends:
+            if reason is not None:
                 raise RuntimeError(f"{self.name}: backend {asked!r} cannot run on {device.type!r}: {reason}")
-        for name in self.prefer.get(device.type, ()):
-            if self.why_not(name, device.type) is None:
-                return name
-        if device.type == "cuda" and not self._warned:
+            return asked
+        used = self.preferred(device.type)
+        if used == "reference" and device.type == "cuda" and not self._warned:
             self._warned = True
             warnings.warn(f"{self.name}: no fast backend on {device.type!r}, the slow reference is used", stacklevel=3)
-        return "reference"
+        return used
+
+    def preferred(self, device: str) -> str:
+        """The best backend that can run for tensors on ``device``."""
+        ranked = (*self.prefer.get(device, ()), "reference")
+        return next(name for name in ranked if self.why_not(name, device) is None)
+
+    def _requested(self) -> str | None:
+        """What ``use_backend`` asks for, if it was ever written for this op."""
+        requested = _requested.get()
+        return requested if requested in self.backends else None
 
     def why_not(self, name: str, device: str) -> str | None:
         """Why backend ``name`` is not available for tensors on ``device``; None if it is."""
@@ -128,7 +135,11 @@ class BackendTable(dict[str, dict[str, Choice]]):
         lines = [f"{'op':<22}{'device':<8}{'used':<11}not used"]
         for op, devices in self.items():
             for device, choice in devices.items():
-                others = "; ".join(f"{name}: {why}" for name, why in choice.not_used.items())
+                reasons = dict.fromkeys(choice.not_used.values())
+                others = "; ".join(
+                    f"{', '.join(name for name, why in choice.not_used.items() if why == reason)}: {reason}"
+                    for reason in reasons
+                )
                 lines.append(f"{op:<22}{device:<8}{choice.used:<11}{others}")
         return "\n".join(lines)
 
@@ -143,12 +154,10 @@ def backends() -> BackendTable:
 
 def _choice(op: Op, device: str) -> Choice:
     if device == "cuda" and not torch.cuda.is_available():
-        return Choice("none", {name: "no CUDA device here" for name in NAMES})
+        return Choice("none", dict.fromkeys(NAMES, "no CUDA device here"))
     reasons = {name: op.why_not(name, device) for name in NAMES}
-    ranked = [name for name in op.prefer.get(device, ()) if reasons[name] is None]
-    used = (_requested.get() or (ranked or ["reference"])[0]) if ranked else "reference"
-    if reasons[used] is not None:
-        used = (ranked or ["reference"])[0]
+    requested = op._requested()
+    used = requested if requested and reasons[requested] is None else op.preferred(device)
     return Choice(used, {name: why or "not preferred" for name, why in reasons.items() if name != used})
 
 
