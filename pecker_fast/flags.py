@@ -100,7 +100,7 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     )
     add("--mask_accumulate", choices=("signed_sum", "abs", "square"), help="how gradients add up (signed_sum)")
     add("--mask_batches", type=positive_int, metavar="N", help="batches of the saliency pass")
-    add("--mask_lr_scale", choices=("mass", "none"), help="scale the learning rate to the mask (none)")
+    add("--mask_lr_scale", choices=("none", "density", "mass"), help="scale the learning rate to the mask (none)")
 
 
 def cache_flags(parser: argparse.ArgumentParser) -> None:

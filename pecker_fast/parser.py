@@ -118,7 +118,7 @@ def _unlearn(commands: Any) -> None:
         "unlearn",
         "make a diffusion model forget classes",
         "pecker-fast unlearn --pretrained_model_name_or_path teacher --forget_class 3 \\\n"
-        "      --override_class 8 --mask_density 0.25 --block row --mask_lr_scale mass \\\n"
+        "      --override_class 8 --mask_density 0.25 --block row --mask_lr_scale density \\\n"
         "      --max_train_steps 150 --train_batch_size 64 --forget_batch_size 16 --generator_lr 5e-4 \\\n"
         "      --fake_score_lr 5e-4 --lr_warmup_steps 10 --t_init 500 --t_min 20 --t_max 700 \\\n"
         "      --sid_alpha 1 --forget_weight 0.05 --ema_decay 0.98 --output_dir out\n\n"
