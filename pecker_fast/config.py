@@ -26,7 +26,8 @@ class MaskConfig:
         block: (out, in), "row", "element" or "auto"; see ``BlockMask``.
         scope: Rank blocks over the whole network ("global") or within each layer ("layer").
         accumulate: How gradients add up to saliency: "signed_sum" (SalUn), "abs" or "square".
-        batches: Batches of the saliency pass.
+        batches: Batches of the saliency pass, when it draws its own samples. Too few make a noisy mask.
+        batch_size: Samples in each of them; None takes the distiller's ``forget_batch_size``.
         lr_scale: What multiplies the generator's learning rate, because fewer moving weights need larger steps to move
             the function as far: "none" 1, "density" 1 / density, "mass" 1 / sqrt(mass * density), mass being the
             share of the summed gradient magnitude that falls on active weights. For a random mask the last two agree.
@@ -38,6 +39,7 @@ class MaskConfig:
     scope: Scope = "global"
     accumulate: AccumulateKind = "signed_sum"
     batches: int = 8
+    batch_size: int | None = None
     lr_scale: LrScale = "none"
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class MaskConfig:
             object.__setattr__(self, "block", tuple(self.block))
         check_block(self.block)
         _positive_int("MaskConfig.batches", self.batches)
+        if self.batch_size is not None:
+            _positive_int("MaskConfig.batch_size", self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""

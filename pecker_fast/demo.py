@@ -94,6 +94,7 @@ class DemoConfig:
                 scope="layer",
                 accumulate="signed_sum",
                 batches=8,
+                batch_size=64,
                 lr_scale="density",
             ),
             generator_lr=5e-4,

@@ -151,7 +151,7 @@ class MaskedDistiller:
         return 1 / density if by_density else 1 / math.sqrt(cast(float, self.mask.mass) * density)
 
     def _forget_batch(self) -> tuple[Tensor, Tensor]:
-        labels = self._draw(self.config.forget, self._forget_batch_size)
+        labels = self._draw(self.config.forget, self.config.mask.batch_size or self._forget_batch_size)
         with torch.no_grad():
             return self._generate(self._noise((len(labels), *self.config.sample_shape)), labels), labels
 

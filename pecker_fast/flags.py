@@ -99,7 +99,8 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
         help="rank over the whole network or within layers (global)",
     )
     add("--mask_accumulate", choices=("signed_sum", "abs", "square"), help="how gradients add up (signed_sum)")
-    add("--mask_batches", type=positive_int, metavar="N", help="batches of the saliency pass")
+    add("--mask_batches", type=positive_int, metavar="N", help="batches of the saliency pass (8)")
+    add("--mask_batch_size", type=positive_int, metavar="N", help="samples in each (forget_batch_size)")
     add("--mask_lr_scale", choices=("none", "density", "mass"), help="scale the learning rate to the mask (none)")
 
 

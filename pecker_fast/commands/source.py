@@ -41,6 +41,7 @@ _MASK_FIELDS = {
     "mask_scope": "scope",
     "mask_accumulate": "accumulate",
     "mask_batches": "batches",
+    "mask_batch_size": "batch_size",
     "mask_lr_scale": "lr_scale",
 }
 
