@@ -244,7 +244,7 @@ def run_one(teacher: nn.Module, config: DistillConfig, steps: int, evaluator: Ev
     step_flops = _step_flops(teacher, config, mask)
     curve: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for step, _ in enumerate(distiller.run(steps, progress=progress), 1):
+    for step, _ in enumerate(distiller.run(steps, progress=progress, label=config.mask.kind), 1):
         seconds += time.perf_counter() - started
         if step in EVALUATED or step % 25 == 0 or step == steps:
             curve.append({"step": step, "seconds": seconds, **evaluator(distiller)})

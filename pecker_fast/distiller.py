@@ -175,8 +175,13 @@ class MaskedDistiller:
         self.steps_done += 1
         return metrics
 
-    def run(self, steps: int, *, progress: bool = True) -> Iterator[dict[str, float]]:
+    def run(self, steps: int, *, progress: bool = True, label: str = "unlearn") -> Iterator[dict[str, float]]:
         """Iterate ``steps`` times, with a progress bar.
+
+        Args:
+            steps: Iterations.
+            progress: Whether to show the bar, on stderr.
+            label: What stands before it.
 
         Yields:
             After every step: "step" (counted over the distiller's life) and the losses.
@@ -184,7 +189,7 @@ class MaskedDistiller:
         Raises:
             NonFiniteError: A loss is NaN or infinite.
         """
-        for _ in tqdm(range(steps), desc="unlearn", unit="step", disable=not progress):
+        for _ in tqdm(range(steps), desc=label, unit="step", disable=not progress):
             metrics = {name: float(value) for name, value in self.step().items()}
             for name, value in metrics.items():
                 if not math.isfinite(value):

@@ -109,6 +109,7 @@ def curves(path: StrPath, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
         if metric == "frechet_distance":
             row[0].set_yscale("log")
             row[0].yaxis.set_major_formatter("{x:g}")
+            row[0].yaxis.set_minor_formatter("{x:g}")
         else:
             row[0].set_ylim(-0.04, 1.04)
     grid[-1][0].set_xlabel("steps")

@@ -48,7 +48,7 @@ def test_masks_do_what_they_say(finished):
     assert runs["dense"]["density"] == 1.0
     for run in runs.values():
         assert 0 < run["changed_parameters"] <= run["trainable_parameters"]
-    assert runs["masked"]["flops"] < runs["dense"]["flops"] * 1.5
+    assert runs["random"]["flops"] < runs["dense"]["flops"]  # its mask costs nothing
 
 
 def test_the_saved_model_is_the_teacher_off_the_mask(finished):
