@@ -12,7 +12,8 @@ _checkout = Path(__file__).resolve().parents[1]
 if (_checkout / "setup.py").is_file():  # in a source tree the Triton kernels live in ../kernels
     __path__.append(str(_checkout))
 
-from pecker_fast.active import ActiveParameters, apply_mask  # noqa: E402
+from pecker_fast.active import ActiveParameters  # noqa: E402
+from pecker_fast.apply import apply_mask  # noqa: E402
 from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
 from pecker_fast.config import DistillConfig, MaskConfig  # noqa: E402
 from pecker_fast.distiller import MaskedDistiller  # noqa: E402

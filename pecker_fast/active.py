@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from pecker_fast import step_hooks
 from pecker_fast.blocks import BlockGrid, ParameterMask
-from pecker_fast.layers import SUFFIX, MaskedLayer, is_channels_last, mask_layer, unmask_layer
+from pecker_fast.layers import SUFFIX, is_channels_last, mask_layer, unmask_layer
 from pecker_fast.mask import BlockMask
-from pecker_fast.maskable import Survey, survey
-from pecker_fast.scatter import DTYPE_CODES, ScatterTable, Target
+from pecker_fast.scatter import ScatterTable, Target
 
 ATTRIBUTE = "_pecker_active"
 """Where a masked model keeps its store, so that copies of the model get their own."""
-
-
-def apply_mask(
-    model: nn.Module, mask: BlockMask, *, unmaskable: Literal["frozen", "dense"] = "frozen"
-) -> ActiveParameters:
-    """Train only the active blocks of ``model``, in place: two changed lines in anybody's loop.
-
-    Every maskable layer with active blocks keeps its object, its hooks and its dense weight, and gets one parameter
-    with the active weights; everything else is frozen. Weights outside the mask are never written again.
-
-    Args:
-        model: The model; its ``requires_grad`` flags come back with ``remove()``.
-        mask: Which blocks are active, made for this model.
-        unmaskable: What becomes of weights that cannot be masked (convolutions other than 2-d, recurrent and fused
-            attention weights, ...): they stay "frozen", or train "dense".
-
-    Returns:
-        The store of the active weights; give its ``parameters()`` to any optimizer, or the store to ``MaskedAdamW``.
-
-    Raises:
-        ValueError: The mask is for another model, activates a weight that cannot be masked, or the model is masked
-            already. The model is unchanged.
-    """
-    if unmaskable not in ("frozen", "dense"):
-        raise ValueError(f'unmaskable: expected "frozen" or "dense", got {unmaskable!r}')
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLayer):
-            raise ValueError(
-                f"{name or type(model).__name__} is masked already; call active.remove() before apply_mask"
-            )
-    found = survey(model)
-    _check_mask(model, mask, found, unmaskable)
-    return ActiveParameters(model, mask, found, unmaskable == "dense")
 
 
 @dataclass(frozen=True)
@@ -83,38 +48,51 @@ class ActiveParameters:
         ema: Running average of the weights, or None; an optimizer with ``ema_decay`` keeps it.
     """
 
-    def __init__(self, model: nn.Module, mask: BlockMask, found: Survey, train_refused: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mask: BlockMask,
+        layers: Sequence[str],
+        refused: Mapping[str, str],
+        adopted: Collection[str],
+    ) -> None:
+        """Use ``apply_mask``, which checks; here it is done.
+
+        Args:
+            model: The model, not masked yet.
+            mask: Its mask.
+            layers: Names of the modules that become masked layers.
+            refused: Weights that cannot be masked, name -> reason.
+            adopted: Those of them that train dense.
+        """
+        parameters = dict(model.named_parameters())
         self.model = model
         self.mask = mask
-        self.refused = dict(found.refused)
+        self.refused = dict(refused)
         self.ema: Tensor | None = None
-        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._swapped = _layers_to_swap(model, mask, found)
+        self._required_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        self._swapped = tuple(layers)
         self._trained: set[str] = set()
         self._owners: dict[str, nn.Module] = {}
         self._table: ScatterTable | None = None
         self._table_key: tuple[object, ...] = ()
-        dtypes = {p.dtype for name, p in model.named_parameters() if name in found.maskable}
-        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-        parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             if parameter.is_floating_point():
-                parameter.requires_grad_(train_refused and name in found.refused)
-        for module_name in self._swapped:
-            masks = {
-                own: m for own in ("weight", "bias") if (m := mask.parameters.get(_join(module_name, own))) and m.numel
-            }
-            mask_layer(model.get_submodule(module_name), masks, dtype)
-        adopted = [n for n in found.refused if train_refused]
+                parameter.requires_grad_(name in adopted)
+        # Masters are float32, but those of a float64 model must not lose digits.
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
+        for layer in layers:
+            masks = {own: mask.parameters.get(_join(layer, own)) for own in ("weight", "bias")}
+            mask_layer(model.get_submodule(layer), {own: m for own, m in masks.items() if m and m.numel}, dtype)
         self._entries = self._lay_out(parameters, adopted)
-        device = next(iter(self._entries_parameters()))[1].device
+        device = next(self._entries_parameters())[1].device
         self.values = torch.zeros(self.numel, dtype=dtype, device=device)
         self.grads = torch.zeros_like(self.values)
         model.__dict__[ATTRIBUTE] = self
-        _STORES.add(self)
+        step_hooks.watch(self)
         self.bind_()
 
-    def _lay_out(self, parameters: dict[str, nn.Parameter], adopted: list[str]) -> tuple[_Entry, ...]:
+    def _lay_out(self, parameters: dict[str, nn.Parameter], adopted: Collection[str]) -> tuple[_Entry, ...]:
         entries, offset = [], 0
         for name, parameter in parameters.items():
             mask = self.mask.parameters.get(name)
@@ -368,7 +346,7 @@ class ActiveParameters:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
         del self.model.__dict__[ATTRIBUTE]
-        _STORES.discard(self)
+        step_hooks.forget(self)
         return self.model
 
     def summary(self) -> str:
@@ -389,68 +367,7 @@ class ActiveParameters:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _STORES.add(self)
-
-
-_STORES: weakref.WeakSet[ActiveParameters] = weakref.WeakSet()
-"""Stores whose parameters a foreign optimizer may hold."""
-
-
-def _stores_of(optimizer: torch.optim.Optimizer) -> list[ActiveParameters]:
-    if not _STORES or getattr(optimizer, "scatters_itself", False):
-        return []
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [store for store in _STORES if any(id(parameter) in held for parameter in store.parameters())]
-
-
-def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for store in _stores_of(optimizer):
-        store.check_gradients()
-
-
-def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for store in _stores_of(optimizer):
-        store.scatter_()
-
-
-register_optimizer_step_pre_hook(_before_any_step)
-register_optimizer_step_post_hook(_after_any_step)
-
-
-def _check_mask(model: nn.Module, mask: BlockMask, found: Survey, unmaskable: str) -> None:
-    where = f"the mask was not made for this {type(model).__name__}"
-    for name, parameter in mask.parameters.items():
-        if name in found.refused:
-            if parameter.numel:
-                raise ValueError(f"{name} cannot be masked: {found.refused[name]}; leave it out of the mask")
-        elif name not in found.maskable:
-            raise ValueError(f"{where}: it masks {name!r}, which the model does not have; make a mask from this model")
-        elif found.maskable[name] != parameter.grid.shape:
-            raise ValueError(
-                f"{where}: {name} has shape {found.maskable[name]}, the mask expects {parameter.grid.shape}; "
-                f"make a mask from this model"
-            )
-    if not mask.numel:
-        raise ValueError("the mask has no active block: nothing would train")
-    for name, tensor in model.named_parameters():
-        active = (name in mask.parameters and mask.parameters[name].numel) or (
-            unmaskable == "dense" and name in found.refused
-        )
-        if active and tensor.dtype not in DTYPE_CODES:
-            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if unmaskable == "dense" and name in found.refused and tensor.dtype != torch.float32:
-            raise ValueError(f"{name} cannot train dense: expected float32, got {tensor.dtype}; keep it frozen")
-
-
-def _layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[str]:
-    """Modules with active blocks, and frozen convolutions, which would keep their input for nothing."""
-    owners = {name.rpartition(".")[0] for name, parameter in mask.parameters.items() if parameter.numel}
-    maskable = {name.rpartition(".")[0] for name in found.maskable}
-    return [
-        name
-        for name, module in model.named_modules()
-        if name in owners or (type(module) is nn.Conv2d and name in maskable)
-    ]
+        step_hooks.watch(self)
 
 
 def _join(module: str, own: str) -> str:

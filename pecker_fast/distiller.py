@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pecker_fast.active import ActiveParameters, apply_mask
+from pecker_fast.active import ActiveParameters
+from pecker_fast.apply import apply_mask
 from pecker_fast.checkpoint import atomic_folder, write_json
 from pecker_fast.config import DistillConfig
 from pecker_fast.errors import NonFiniteError

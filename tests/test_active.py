@@ -13,8 +13,7 @@ import torch
 from models import Zoo, conv_net, mask_of, zoo_batch
 from torch import nn
 
-from pecker_fast import ActiveParameters, BlockMask, MaskedAdamW, ParameterMask, apply_mask
-from pecker_fast.active import _STORES
+from pecker_fast import ActiveParameters, BlockMask, MaskedAdamW, ParameterMask, apply_mask, step_hooks
 from pecker_fast.layers import MaskedConv2d
 
 
@@ -333,7 +332,7 @@ def test_a_torch_optimizer_scatters_and_a_stale_backward_raises():
 def test_a_removed_or_forgotten_store_is_not_visited():
     model, active = masked_net()
     active.remove()
-    assert active not in _STORES
+    assert active not in step_hooks.watched()
     model, active = masked_net()
     gone = weakref.ref(active)
     del model, active

@@ -9,14 +9,14 @@ import pecker_fast
 
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
-    ["errors", "native"],
+    ["errors", "native", "step_hooks"],
     ["checkpoint", "blocks", "data"],
     ["config", "scatter", "schedule"],
     ["ops", "maskable", "sampling", "metrics"],
     ["selection", "saliency", "functional", "objectives", "flops", "models"],
     ["mask", "layers", "score_model", "pretrain", "report_page"],
     ["active"],
-    ["optim"],
+    ["optim", "apply"],
     ["distiller"],
     ["report", "flags"],
     ["demo"],

@@ -117,45 +117,31 @@ def masked_adamw_reference_(
         ema.add_((value - ema).mul_(1 - ema_decay))
 
 
-def _cpu(
-    value: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor,
-    ema: Tensor | None,
-    table: list[Tensor],
-    *hyper: Any,
-) -> None:
-    buffers = _addresses(value, grad, exp_avg, exp_avg_sq, ema)
-    native.load().masked_adamw_cpu(**buffers, **native_table(table), **_named(hyper), threads=torch.get_num_threads())
+def _cpu(*arguments: Any) -> None:
+    native.load().masked_adamw_cpu(**_native_arguments(*arguments), threads=torch.get_num_threads())
 
 
-def _cuda(
-    value: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor | None,
-    exp_avg_sq: Tensor,
-    ema: Tensor | None,
-    table: list[Tensor],
-    *hyper: Any,
-) -> None:
-    buffers = _addresses(value, grad, exp_avg, exp_avg_sq, ema)
+def _cuda(value: Tensor, *rest: Any) -> None:
     with torch.cuda.device(value.device):
         stream = torch.cuda.current_stream().cuda_stream
-        native.load().masked_adamw_cuda(**buffers, **native_table(table), **_named(hyper), stream=stream)
+        native.load().masked_adamw_cuda(**_native_arguments(value, *rest), stream=stream)
 
 
-def _addresses(
-    value: Tensor, grad: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor, ema: Tensor | None
-) -> dict[str, int]:
+def _native_arguments(
+    value: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor,
+    ema: Tensor | None,
+    table: list[Tensor],
+    *hyper: Any,
+) -> dict[str, Any]:
+    """What the native module takes: addresses, sizes and numbers by name."""
     buffers = {"value": value, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
     addresses = {name: 0 if buffer is None else buffer.data_ptr() for name, buffer in buffers.items()}
-    return {**addresses, "numel": value.numel()}
-
-
-def _named(hyper: tuple[Any, ...]) -> dict[str, Any]:
     names = ("step", "lr", "beta1", "beta2", "eps", "weight_decay", "clip_value", "ema_decay")
-    return dict(zip(names, hyper, strict=True))
+    numbers = dict(zip(names, hyper, strict=True))
+    return {**addresses, "numel": value.numel(), **native_table(table), **numbers}
 
 
 def _check_buffer(name: str, buffer: Tensor, value: Tensor) -> None:

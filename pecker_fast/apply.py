@@ -1,0 +1,84 @@
+"""apply_mask: from a model and a mask to masked layers and their store."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from pecker_fast.active import ActiveParameters
+from pecker_fast.layers import MaskedLayer
+from pecker_fast.mask import BlockMask
+from pecker_fast.maskable import Survey, survey
+from pecker_fast.scatter import DTYPE_CODES
+
+
+def apply_mask(
+    model: nn.Module, mask: BlockMask, *, unmaskable: Literal["frozen", "dense"] = "frozen"
+) -> ActiveParameters:
+    """Train only the active blocks of ``model``, in place: two changed lines in anybody's loop.
+
+    Every maskable layer with active blocks keeps its object, its hooks and its dense weight, and gets one parameter
+    with the active weights; everything else is frozen. Weights outside the mask are never written again.
+
+    Args:
+        model: The model; its ``requires_grad`` flags come back with ``remove()``.
+        mask: Which blocks are active, made for this model.
+        unmaskable: What becomes of weights that cannot be masked (convolutions other than 2-d, recurrent and fused
+            attention weights, ...): they stay "frozen", or train "dense".
+
+    Returns:
+        The store of the active weights; give its ``parameters()`` to any optimizer, or the store to ``MaskedAdamW``.
+
+    Raises:
+        ValueError: The mask is for another model, activates a weight that cannot be masked, or the model is masked
+            already. The model is unchanged.
+    """
+    if unmaskable not in ("frozen", "dense"):
+        raise ValueError(f'unmaskable: expected "frozen" or "dense", got {unmaskable!r}')
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLayer):
+            raise ValueError(
+                f"{name or type(model).__name__} is masked already; call active.remove() before apply_mask"
+            )
+    found = survey(model)
+    _check_mask(model, mask, found, unmaskable)
+    dense = found.refused if unmaskable == "dense" else {}
+    return ActiveParameters(model, mask, _layers_to_swap(model, mask, found), found.refused, dense)
+
+
+def _check_mask(model: nn.Module, mask: BlockMask, found: Survey, unmaskable: str) -> None:
+    where = f"the mask was not made for this {type(model).__name__}"
+    for name, parameter in mask.parameters.items():
+        if name in found.refused:
+            if parameter.numel:
+                raise ValueError(f"{name} cannot be masked: {found.refused[name]}; leave it out of the mask")
+        elif name not in found.maskable:
+            raise ValueError(f"{where}: it masks {name!r}, which the model does not have; make a mask from this model")
+        elif found.maskable[name] != parameter.grid.shape:
+            raise ValueError(
+                f"{where}: {name} has shape {found.maskable[name]}, the mask expects {parameter.grid.shape}; "
+                f"make a mask from this model"
+            )
+    if not mask.numel:
+        raise ValueError("the mask has no active block: nothing would train")
+    for name, tensor in model.named_parameters():
+        active = (name in mask.parameters and mask.parameters[name].numel) or (
+            unmaskable == "dense" and name in found.refused
+        )
+        if active and tensor.dtype not in DTYPE_CODES:
+            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        if unmaskable == "dense" and name in found.refused and tensor.dtype != torch.float32:
+            raise ValueError(f"{name} cannot train dense: expected float32, got {tensor.dtype}; keep it frozen")
+
+
+def _layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[str]:
+    """Modules with active blocks, and frozen convolutions, which would keep their input for nothing."""
+    owners = {name.rpartition(".")[0] for name, parameter in mask.parameters.items() if parameter.numel}
+    maskable = {name.rpartition(".")[0] for name in found.maskable}
+    return [
+        name
+        for name, module in model.named_modules()
+        if name in owners or (type(module) is nn.Conv2d and name in maskable)
+    ]
