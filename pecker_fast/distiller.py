@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import apply_mask
 from pecker_fast.checkpoint import atomic_folder, write_json
 from pecker_fast.config import DistillConfig
+from pecker_fast.draws import Draws
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask
 from pecker_fast.models import storage
@@ -28,18 +28,6 @@ from pecker_fast.saliency import compute_saliency
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """What one update draws: labels, what the true score is asked for, weights in the loss, and the noise."""
-
-    labels: Tensor  # (n,)
-    targets: Tensor  # (n,)
-    weights: Tensor  # (n,)
-    noise: Tensor  # (n, *sample_shape), where the generator starts
-    t: Tensor  # (n,)
-    epsilon: Tensor  # (n, *sample_shape), added at timestep t
 
 
 class MaskedDistiller:
@@ -85,7 +73,7 @@ class MaskedDistiller:
         self.true_score = true_score.eval().requires_grad_(False)
         weight = next(true_score.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.rng = torch.Generator(self.device).manual_seed(config.seed)
+        self.draws = Draws(config, self.device, self.dtype)
         self.steps_done = 0
         self.mask: BlockMask | None = None
 
@@ -152,14 +140,14 @@ class MaskedDistiller:
         return 1 / density if by_density else 1 / math.sqrt(cast(float, self.mask.mass) * density)
 
     def _forget_batch(self) -> tuple[Tensor, Tensor]:
-        labels = self._draw(self.config.forget, self.config.mask.batch_size or self._forget_batch_size)
+        labels = self.draws.forgotten(self.config.mask.batch_size)
         with torch.no_grad():
-            return self._generate(self._noise((len(labels), *self.config.sample_shape)), labels), labels
+            return self._generate(self.draws.noise(len(labels)), labels), labels
 
     def _saliency_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         x0, labels = (tensor.to(self.device) for tensor in batch)
-        t = torch.randint(self.schedule.num_train_timesteps, (len(x0),), generator=self.rng, device=self.device)
-        epsilon = self._noise(x0.shape)
+        t = self.draws.timesteps(len(x0), 0, self.schedule.num_train_timesteps)
+        epsilon = self.draws.noise(len(x0))
         return denoising_loss(epsilon, self._predict(model, self.schedule.add_noise(x0, epsilon, t), t, labels)).mean()
 
     # -- one iteration -----------------------------------------------------------------------------
@@ -206,7 +194,7 @@ class MaskedDistiller:
         self.fake_score.train()
         optimizer.active.requires_grad_(True)
         optimizer.zero_grad()
-        batch = self._draw_batch()
+        batch = self.draws.batch()
         with torch.no_grad():
             x0 = self._generate(batch.noise, batch.labels)
         x_t = self.schedule.add_noise(x0, batch.epsilon, batch.t)
@@ -220,7 +208,7 @@ class MaskedDistiller:
         self.fake_score.eval()
         self.fake_score_optimizer.active.requires_grad_(False)
         optimizer.zero_grad()
-        batch = self._draw_batch()
+        batch = self.draws.batch()
         x_t = self.schedule.add_noise(self._generate(batch.noise, batch.labels), batch.epsilon, batch.t)
         epsilon_true = self._predict(self.true_score, x_t, batch.t, batch.targets)
         epsilon_fake = self._predict(self.fake_score, x_t, batch.t, batch.labels)
@@ -235,55 +223,12 @@ class MaskedDistiller:
         optimizer.step()
         return loss.detach()
 
-    # -- draws --------------------------------------------------------------------------------------
-
-    def _draw_batch(self) -> _Batch:
-        """Retained and forgotten classes in one batch: with the weights of the two means, the published two in one.
-
-        Two batches one after the other have the same gradient (no layer of these networks looks across samples).
-        """
-        config = self.config
-        retained = self._draw(config.retained, config.batch_size)
-        retain = self._draw_samples(retained, retained, config.retain_weight)
-        forgotten = self._draw(config.forget, self._forget_batch_size)
-        forget = self._draw_samples(forgotten, self._override(forgotten), config.forget_weight)
-        return _Batch(*(torch.cat(pair) for pair in zip(retain, forget, strict=True)))
-
-    def _draw_samples(self, labels: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, ...]:
-        count, config = len(labels), self.config
-        noise = self._noise((count, *config.sample_shape))
-        t = torch.randint(config.t_min, config.t_max, (count,), generator=self.rng, device=self.device)
-        epsilon = self._noise((count, *config.sample_shape))
-        weights = torch.full((count,), weight / count, device=self.device, dtype=self.dtype)
-        return labels, targets, weights, noise, t, epsilon
-
-    def _override(self, labels: Tensor) -> Tensor:
-        config = self.config
-        if config.override is None:
-            return self._draw(config.retained, len(labels))
-        overrides = config.override if len(config.override) > 1 else config.override * len(config.forget)
-        table = torch.arange(config.num_classes, device=self.device)
-        table[list(config.forget)] = torch.tensor(overrides, device=self.device)
-        return table[labels]
-
     def _generate(self, noise: Tensor, labels: Tensor) -> Tensor:
         """One-step samples: x0 = (b z - b eps(b z, t_init, c)) / a = sigma_init (z - eps)."""
         t_init = self.config.t_init
         x_init = self.schedule.std(t_init) * noise
         t = torch.full((len(labels),), t_init, device=self.device)
         return self.schedule.predict_x0(x_init, self._predict(self.generator, x_init, t, labels), t_init)
-
-    def _noise(self, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal noise; the same draw whatever the networks' dtype."""
-        return torch.randn(shape, generator=self.rng, device=self.device).to(self.dtype)
-
-    def _draw(self, labels: tuple[int, ...], count: int) -> Tensor:
-        index = torch.randint(len(labels), (count,), generator=self.rng, device=self.device)
-        return torch.tensor(labels, device=self.device)[index]
-
-    @property
-    def _forget_batch_size(self) -> int:
-        return self.config.forget_batch_size or self.config.batch_size
 
     # -- what comes out ----------------------------------------------------------------------------
 
@@ -363,7 +308,7 @@ class MaskedDistiller:
             "fake_score": self.fake_score.state_dict(),
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "fake_score_optimizer": self.fake_score_optimizer.state_dict(),
-            "rng": self.rng.get_state(),
+            "rng": self.draws.rng.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -381,5 +326,5 @@ class MaskedDistiller:
         self.fake_score.load_state_dict(state["fake_score"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         self.fake_score_optimizer.load_state_dict(state["fake_score_optimizer"])
-        self.rng.set_state(state["rng"])
+        self.draws.rng.set_state(state["rng"])
         self.steps_done = state["steps_done"]

@@ -65,7 +65,7 @@ def _source(teacher):
 def untrained_judge(monkeypatch):
     """A judge that knows nothing, in no time."""
     judge = DigitsClassifier(width=4).eval()
-    monkeypatch.setattr("pecker_fast.demo.load_judge", lambda *_, **__: judge)
+    monkeypatch.setattr("pecker_fast.digits_task.load_judge", lambda *_, **__: judge)
 
 
 def _unlearn(teacher, *more):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pecker_fast import BlockMask, demo, models
+from pecker_fast import BlockMask, demo, digits_task, models
 from pecker_fast.cli import main
 from pecker_fast.errors import FileFormatError
 
@@ -53,7 +53,7 @@ def test_masks_do_what_they_say(finished):
 
 def test_the_saved_model_is_the_teacher_off_the_mask(finished):
     folder, _ = finished
-    teacher = demo.load_teacher(folder / "cache", progress=False, short=True)
+    teacher = digits_task.load_teacher(folder / "cache", progress=False, short=True)
     model = models.load(folder / "out" / "model")
     mask = BlockMask.load(folder / "out" / "mask.safetensors")
     for name, weight in teacher.state_dict().items():
@@ -64,8 +64,8 @@ def test_the_saved_model_is_the_teacher_off_the_mask(finished):
 def test_teacher_and_judge_come_from_the_cache_the_second_time(finished):
     folder, _ = finished
     started = time.perf_counter()
-    demo.load_teacher(folder / "cache", progress=False, short=True)
-    demo.load_judge(folder / "cache", progress=False, short=True)
+    digits_task.load_teacher(folder / "cache", progress=False, short=True)
+    digits_task.load_judge(folder / "cache", progress=False, short=True)
     assert len(list((folder / "cache").iterdir())) == 2
     assert time.perf_counter() - started < 2  # training them takes far longer
 

@@ -171,11 +171,11 @@ def test_saliency_is_that_of_the_noise_prediction_loss_on_given_images():
 
 def test_overrides():
     two = MaskedDistiller(unet(), SCHEDULE, config(forget=(2, 3), override=(1, 0)))
-    assert two._override(torch.tensor([2, 3, 2])).tolist() == [1, 0, 1]
+    assert two.draws.override(torch.tensor([2, 3, 2])).tolist() == [1, 0, 1]
     one = MaskedDistiller(unet(), SCHEDULE, config(forget=(2, 3), override=(1,)))
-    assert one._override(torch.tensor([2, 3, 2])).tolist() == [1, 1, 1]
+    assert one.draws.override(torch.tensor([2, 3, 2])).tolist() == [1, 1, 1]
     free = MaskedDistiller(unet(), SCHEDULE, config(forget=(2, 3), override=None))
-    assert set(free._override(torch.full((50,), 2)).tolist()) == {0, 1}
+    assert set(free.draws.override(torch.full((50,), 2)).tolist()) == {0, 1}
 
 
 def test_the_learning_rate_rule():

@@ -10,7 +10,7 @@ from pecker_fast.commands import Outcome
 
 def run(options: argparse.Namespace) -> Outcome:
     """Train or load the digits model and its judge, run masked, random and dense, and write the report."""
-    from pecker_fast import demo, report
+    from pecker_fast import demo, digits_task, report
 
     config = demo.DemoConfig(
         forget=tuple(options.forget_class),
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> Outcome:
         progress=not options.quiet,
     )
     if options.dry_run:
-        settings = dataclasses.asdict(config) | {"cache_dir": str(config.cache_dir or demo.default_cache_dir())}
+        settings = dataclasses.asdict(config) | {"cache_dir": str(config.cache_dir or digits_task.default_cache_dir())}
         names = ("report.html", "before_after.png", "curves.png", "saliency.png", "metrics.json", "model/")
         writes = [str(options.output_dir / name) for name in (*names, "mask.safetensors")]
         return Outcome({"dry_run": True, "settings": settings, "plan": demo.plan(config), "would_write": writes})

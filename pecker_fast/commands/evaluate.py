@@ -19,19 +19,19 @@ _SHAPE, _CLASSES = (1, 8, 8), 10
 
 def run(options: argparse.Namespace) -> Outcome:
     """Print unlearning accuracy, retain accuracy and Fréchet distance."""
-    from pecker_fast import demo
+    from pecker_fast import digits_task
 
     check_classes("--forget_class", options.forget_class, _CLASSES)
     if options.dry_run:
-        cache = options.cache_dir or demo.default_cache_dir()
+        cache = options.cache_dir or digits_task.default_cache_dir()
         subject = str(options.model or options.images)
         return dry_run(
             {"subject": subject, "forget_class": options.forget_class, "num": options.num}, {}, [f"{cache}/"]
         )
     images, labels = _images(options)
     _check_labels(options, labels)
-    judge = demo.load_judge(options.cache_dir, progress=not options.quiet, short=options.short)
-    values = demo.evaluate_images(images, labels, judge, demo.load_data(), tuple(options.forget_class))
+    judge = digits_task.load_judge(options.cache_dir, progress=not options.quiet, short=options.short)
+    values = digits_task.evaluate_images(images, labels, judge, digits_task.load_data(), tuple(options.forget_class))
     low, high = values["unlearning_accuracy_ci95"]
     text = (
         f"unlearning accuracy  {values['unlearning_accuracy']:.1%}  [95 % CI {low:.1%}, {high:.1%}]\n"

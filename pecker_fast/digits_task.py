@@ -1,0 +1,133 @@
+"""The demonstration's task: real digits, a diffusion model of them, and a judge of what is drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast import models, pretrain
+from pecker_fast.data import ImageData, load_digits
+from pecker_fast.distiller import MaskedDistiller
+from pecker_fast.metrics import (
+    FeatureStatistics,
+    frechet_distance,
+    retain_accuracy,
+    unlearning_accuracy,
+    wilson_interval,
+)
+from pecker_fast.models import DDPMUNet, DigitsClassifier
+from pecker_fast.schedule import NoiseSchedule
+
+NUM_CLASSES = 10
+SAMPLE_SHAPE = (1, 8, 8)
+SCHEDULE = NoiseSchedule.linear()
+
+
+def default_cache_dir() -> Path:
+    """``$PECKER_FAST_CACHE``, or the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PECKER_FAST_CACHE") or Path(base) / "pecker_fast")
+
+
+def load_data() -> ImageData:
+    """The real digits."""
+    return load_digits()
+
+
+def load_teacher(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> nn.Module:
+    """The pretrained diffusion model of digits, from the cache or trained now (about a minute)."""
+    settings = {"steps": 60 if short else 1000, "batch_size": 128, "learning_rate": 5e-3, "ema_decay": 0.998, "seed": 0}
+    model = DDPMUNet.digits()
+
+    def train() -> nn.Module:
+        return pretrain.train_denoiser(model, load_data(), SCHEDULE, progress=progress, **settings)  # type: ignore[arg-type]
+
+    generation = {"kind": "ddim", "steps": 20, "schedule": SCHEDULE.to_dict(), "sample_shape": list(SAMPLE_SHAPE)}
+    return _cached("teacher", {**settings, **model.config}, cache_dir, train, generation)
+
+
+def load_judge(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> DigitsClassifier:
+    """The classifier that judges images, trained on four fifths of the real digits, from the cache or trained now."""
+    settings = {"steps": 60 if short else 300, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
+    model = DigitsClassifier()
+
+    def train() -> nn.Module:
+        return pretrain.train_classifier(model, load_data().split()[0], progress=progress, **settings)  # type: ignore[arg-type]
+
+    judge = _cached("judge", {**settings, **model.config}, cache_dir, train, None)
+    return cast(DigitsClassifier, judge)
+
+
+def _cached(
+    name: str,
+    settings: dict[str, Any],
+    cache_dir: Path | None,
+    train: Callable[[], nn.Module],
+    generation: dict[str, Any] | None,
+) -> nn.Module:
+    """A trained network by its settings: loaded if it is there, trained and kept if not."""
+    key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode()).hexdigest()[:12]
+    folder = (cache_dir or default_cache_dir()) / f"digits-{name}-{key}"
+    if not folder.exists():
+        models.save(train(), folder, generation)
+    return models.load(folder).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+@torch.no_grad()
+def evaluate_images(
+    images: Tensor, labels: Tensor, judge: DigitsClassifier, data: ImageData, forget: tuple[int, ...]
+) -> dict[str, Any]:
+    """Judge generated images.
+
+    Args:
+        images: (N, 1, 8, 8), about [-1, 1].
+        labels: Digits they were asked for, (N,).
+        judge: The classifier.
+        data: Real digits to compare with.
+        forget: The forgotten digits.
+
+    Returns:
+        "unlearning_accuracy" with its 95 % interval "unlearning_accuracy_ci95", "retain_accuracy", and
+        "frechet_distance" of the retained digits to the real ones in the judge's features (not FID).
+    """
+    features = judge.features(images.clamp(-1, 1))
+    predictions = judge.head(features).argmax(1)
+    forgotten = torch.isin(labels, torch.tensor(forget))
+    unlearned = unlearning_accuracy(predictions[forgotten], forget)
+    count = int(forgotten.sum())
+    generated, real = FeatureStatistics(), FeatureStatistics()
+    generated.update(features[~forgotten])
+    real.update(judge.features(data.images[~torch.isin(data.labels, torch.tensor(forget))]))
+    return {
+        "unlearning_accuracy": unlearned,
+        "unlearning_accuracy_ci95": list(wilson_interval(round(unlearned * count), count)),
+        "retain_accuracy": retain_accuracy(predictions[~forgotten], labels[~forgotten]),
+        "frechet_distance": frechet_distance(generated, real),
+    }
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Judges a distiller's samples from one fixed noise."""
+
+    judge: DigitsClassifier
+    data: ImageData
+    forget: tuple[int, ...]
+    samples: int
+
+    def images(self, distiller: MaskedDistiller) -> tuple[Tensor, Tensor]:
+        """``samples`` images of every digit, and their labels."""
+        labels = torch.arange(NUM_CLASSES).repeat_interleave(self.samples)
+        return distiller.sample(labels, seed=1234), labels
+
+    def __call__(self, distiller: MaskedDistiller) -> dict[str, Any]:
+        """See ``evaluate_images``."""
+        return evaluate_images(*self.images(distiller), self.judge, self.data, self.forget)

@@ -1,0 +1,93 @@
+"""Everything random in an iteration of the distiller: labels, timesteps, noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pecker_fast.config import DistillConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one update draws: retained classes first, then forgotten ones.
+
+    Attributes:
+        labels: Classes that generator and fake score are asked for, (n,).
+        targets: Classes that the true score is asked for, (n,).
+        weights: Weights of the samples in the loss, (n,).
+        noise: Where the generator starts, (n, *sample_shape).
+        t: Timesteps of the score losses, (n,).
+        epsilon: Noise that is added at ``t``, (n, *sample_shape).
+    """
+
+    labels: Tensor
+    targets: Tensor
+    weights: Tensor
+    noise: Tensor
+    t: Tensor
+    epsilon: Tensor
+
+
+class Draws:
+    """A seeded source of batches.
+
+    Args:
+        config: Classes, batch sizes, timesteps, seed.
+        device: Where the draws are made.
+        dtype: Of noise and weights; the draws are the same whatever it is.
+    """
+
+    def __init__(self, config: DistillConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.rng = torch.Generator(device).manual_seed(config.seed)
+
+    def batch(self) -> Batch:
+        """Retained and forgotten classes in one batch: with the weights of the two means, the published two in one.
+
+        Two batches one after the other have the same gradient (no layer of these networks looks across samples).
+        """
+        config = self.config
+        retained = self._labels(config.retained, config.batch_size)
+        retain = self._samples(retained, retained, config.retain_weight)
+        forgotten = self.forgotten()
+        forget = self._samples(forgotten, self.override(forgotten), config.forget_weight)
+        return Batch(*(torch.cat(pair) for pair in zip(retain, forget, strict=True)))
+
+    def forgotten(self, count: int | None = None) -> Tensor:
+        """Forgotten classes, (count,); as many as an update takes if not told."""
+        return self._labels(self.config.forget, count or self.config.forget_batch_size or self.config.batch_size)
+
+    def override(self, labels: Tensor) -> Tensor:
+        """What the true score is asked for in place of forgotten ``labels``."""
+        config = self.config
+        if config.override is None:
+            return self._labels(config.retained, len(labels))
+        overrides = config.override if len(config.override) > 1 else config.override * len(config.forget)
+        table = torch.arange(config.num_classes, device=self.device)
+        table[list(config.forget)] = torch.tensor(overrides, device=self.device)
+        return table[labels]
+
+    def noise(self, count: int) -> Tensor:
+        """Standard normal noise, (count, *sample_shape)."""
+        shape = (count, *self.config.sample_shape)
+        return torch.randn(shape, generator=self.rng, device=self.device).to(self.dtype)
+
+    def timesteps(self, count: int, low: int, high: int) -> Tensor:
+        """Uniform timesteps from ``low`` to below ``high``, int64 (count,)."""
+        return torch.randint(low, high, (count,), generator=self.rng, device=self.device)
+
+    def _samples(self, labels: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, ...]:
+        count = len(labels)
+        noise = self.noise(count)
+        t = self.timesteps(count, self.config.t_min, self.config.t_max)
+        weights = torch.full((count,), weight / count, device=self.device, dtype=self.dtype)
+        return labels, targets, weights, noise, t, self.noise(count)
+
+    def _labels(self, labels: tuple[int, ...], count: int) -> Tensor:
+        index = torch.randint(len(labels), (count,), generator=self.rng, device=self.device)
+        return torch.tensor(labels, device=self.device)[index]
