@@ -29,14 +29,6 @@ def batch(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.randint(1000, (BATCH,), device=device), torch.randint(10, (BATCH,), device=device)
 
 
-@pytest.fixture(scope="module")
-def matmul_rate(device: torch.device) -> float:
-    """FLOPs a second of a large float32 matmul here."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    return 2 * n**3 / race({"matmul": lambda: a @ b})["matmul"]
-
-
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor, Tensor]):
     x, t, c = batch
 

@@ -26,6 +26,14 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / seconds
 
 
+@pytest.fixture(scope="session")
+def matmul_rate(device: torch.device) -> float:
+    """FLOPs a second of a large float32 matmul here."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
+    return 2 * n**3 / race({"matmul": lambda: a @ b})["matmul"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # our table closes the run instead
 

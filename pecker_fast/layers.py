@@ -227,8 +227,11 @@ MASKED_CLASSES: Mapping[type[nn.Module], type[MaskedLayer]] = {
 }
 """Which class stands in for which; the same object changes its class, so hooks and references to it stay valid."""
 
-DENSE_ABOVE = 0.6
-"""Density of a weight above which one dense gradient, gathered, costs less than one for its active blocks."""
+ROWS_DENSE_ABOVE, TILES_DENSE_ABOVE = 0.8, 0.625
+"""Densities of a weight above which one dense gradient, gathered, costs less than one for its active blocks.
+
+Measured on a CPU: benchmarks/bench_masked_weight_grad.py.
+"""
 
 
 def mask_layer(module: nn.Module, masks: Mapping[str, ParameterMask], dtype: torch.dtype) -> None:
@@ -257,7 +260,7 @@ def is_channels_last(dense: Tensor) -> bool:
 
 
 def _masked_gradient_pays(mask: ParameterMask) -> bool:
-    return mask.density <= DENSE_ABOVE
+    return mask.density <= (ROWS_DENSE_ABOVE if mask.grid.is_rows else TILES_DENSE_ABOVE)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, list[Tensor | None]]:

@@ -512,3 +512,24 @@ def test_partial_masks_are_plain_data():
     grid = BlockMask.random(conv_net(), 0.5, "row").parameters["0.weight"].grid
     mask = ParameterMask(grid, torch.tensor([1, 3]))
     assert copy.deepcopy(mask) is mask and mask == ParameterMask(grid, torch.tensor([1, 3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("block", ["row", (8, 8), "element"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_masked_model_moves_to_a_gpu_and_keeps_its_promise(optimizer, block, dtype):
+    model = Zoo().to(dtype)
+    mask = BlockMask.random(model, 0.2, block)
+    before = off_mask(model, mask)
+    active = apply_mask(model, mask)
+    model.cuda()
+    opt = OPTIMIZERS[optimizer](active)
+    x, c = (tensor.cuda() for tensor in zoo_batch(dtype))
+    for _ in range(5):
+        opt.zero_grad()
+        model(x, c).square().mean().backward()
+        opt.step()
+    active.check()
+    active.remove()
+    assert_same_bits(before, off_mask(model.cpu(), mask))
