@@ -74,6 +74,7 @@ class ActiveParameters:
         self._swapped = tuple(layers)
         self._trained: set[str] = set()
         self._owners: dict[str, nn.Module] = {}
+        self._views: list[tuple[Tensor, Tensor]] = []
         self._table: ScatterTable | None = None
         self._table_key: tuple[object, ...] = ()
         for name, parameter in parameters.items():
@@ -159,6 +160,12 @@ class ActiveParameters:
             return stretch.view(out, height, width, in_).permute(0, 3, 1, 2)
         return stretch.view(shape)
 
+    def _all_views(self) -> list[tuple[Tensor, Tensor]]:
+        """Every parameter's stretch of the values and of the gradients, made once for as long as the buffers stay."""
+        if not self._views:
+            self._views = [(self._view(self.values, entry), self._view(self.grads, entry)) for entry in self._entries]
+        return self._views
+
     # -- views -------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -169,23 +176,20 @@ class ActiveParameters:
         ``.to(device)`` and DDP's ``gradient_as_bucket_view`` all replace them.
         """
         self._follow_device()
-        for entry, parameter in self._entries_parameters():
+        for (entry, parameter), (value, grad) in zip(self._entries_parameters(), self._all_views(), strict=True):
             if parameter.dtype != self.values.dtype:
                 raise RuntimeError(
                     f"{entry.name} trains dense and was converted to {parameter.dtype}; convert the model before "
                     f"apply_mask, or keep unmaskable weights frozen"
                 )
-            value = self._view(self.values, entry)
-            if not _same_place(parameter.data, value):
+            if not _same_place(parameter, value):
                 value.copy_(parameter.data)
                 parameter.data = value
-            if parameter.grad is not None:
-                grad = self._view(self.grads, entry)
-                if not _same_place(parameter.grad, grad):
-                    grad.copy_(parameter.grad)
-                    parameter.grad = grad
+            if parameter.grad is not None and not _same_place(parameter.grad, grad):
+                grad.copy_(parameter.grad)
+                parameter.grad = grad
             dense = self._dense(entry)
-            if self._aliases(entry, dense) and not _same_place(dense.data, value):
+            if self._aliases(entry, dense) and not _same_place(dense, value):
                 dense.data = value
 
     def _aliases(self, entry: _Entry, dense: Tensor) -> bool:
@@ -195,7 +199,7 @@ class ActiveParameters:
     def _follow_device(self) -> None:
         device = next(self._entries_parameters())[1].device
         if device != self.values.device:
-            self.values, self.grads = self.values.to(device), self.grads.to(device)
+            self.values, self.grads, self._views = self.values.to(device), self.grads.to(device), []
             self.ema = None if self.ema is None else self.ema.to(device)
 
     def scatter_table(self) -> ScatterTable:
@@ -304,7 +308,7 @@ class ActiveParameters:
         """
         for entry, parameter in self._entries_parameters():
             dense = self._dense(entry)
-            if entry.adopted or _same_place(dense.data, parameter.data):
+            if entry.adopted or _same_place(dense, parameter):
                 continue
             active = entry.mask.gather(dense.data, entry.channels_last).reshape(parameter.shape)
             expected = parameter.data.to(dense.dtype)
@@ -337,7 +341,7 @@ class ActiveParameters:
             self.scatter_()
         for entry in self._entries:
             dense = self._dense(entry)
-            if _same_place(dense.data, self._view(self.values, entry)):
+            if _same_place(dense, self._view(self.values, entry)):
                 dense.data = dense.data.clone()  # its own memory again; strides are kept
             if entry.adopted:
                 dense.grad = None
@@ -363,7 +367,7 @@ class ActiveParameters:
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses and modules of the model that this is a copy of would outlive it.
-        return self.__dict__ | {"_table": None, "_table_key": (), "_owners": {}}
+        return self.__dict__ | {"_table": None, "_table_key": (), "_owners": {}, "_views": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -375,4 +379,4 @@ def _join(module: str, own: str) -> str:
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride() and a.shape == b.shape
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
