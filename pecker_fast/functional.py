@@ -103,7 +103,7 @@ class _MaskedLinear(torch.autograd.Function):
             grad_master = masked_weight_grad(grad_output, input, ctx.mask, channels_last=ctx.channels_last).to(
                 ctx.dtype
             )
-        grad_bias = grad_output.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
         return grad_input, None, grad_master, grad_bias, None, None
 
 

@@ -120,11 +120,9 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         if master is not None and not _masked_gradient_pays(self.masks["weight"]):
             return cast(Tensor, self._conv_forward(input, cast(Tensor, self.linked("weight")), self.linked("bias")))
         padding = self.padding
-        if self.padding_mode != "zeros" or isinstance(padding, str):
+        if self.padding_mode != "zeros" or isinstance(padding, str):  # pad first, as torch does
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            if isinstance(padding, str) or self.padding_mode != "zeros":
-                input = F.pad(input, self._reversed_padding_repeated_twice, mode=mode)
-            padding = (0, 0)
+            input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
         context, (x, weight, bias) = _autocast(input, self.weight, self.linked("bias"))
         with context:
             return masked_conv2d(

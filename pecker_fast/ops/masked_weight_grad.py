@@ -87,7 +87,7 @@ def masked_weight_grad_reference(
     """Plain-torch twin: dense gradients of slabs of channels that hold active blocks, gathered into blocks."""
     mask = ParameterMask(grid, active.cpu())
     if len(grid.shape) == 2:
-        grad_output, input = grad_output.flatten(0, -2), input.flatten(0, -2)
+        grad_output, input = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, input))
     if mask.is_full or not _slabs_pay(grid, geometry[3]):
         dense = _dense_weight_grad(grad_output, input, grid.shape, geometry)
         return _widen(mask.gather(dense, channels_last))
