@@ -64,7 +64,11 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TABLES = {"kernels": ("cpu/kernels.json", kernels_table), "demo": ("cpu/demo.json", demo_table)}
+TABLES = {
+    "kernels": ("cpu/kernels.json", kernels_table),
+    "demo": ("cpu/demo.json", demo_table),
+    "sparser demo": ("cpu/demo_density_0.1.json", demo_table),
+}
 
 
 def render(readme: str) -> str:
