@@ -2,6 +2,7 @@
 
 python -m pytest benchmarks/ --benchmark-only --rows benchmarks/results/cpu/kernels.json
 pecker-fast demo --output_dir runs/demo && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
+pecker-fast demo --mask_density 0.1 --output_dir runs/sparser  # and its metrics.json as demo_density_0.1.json
 python benchmarks/report.py [--check]
 """
 
