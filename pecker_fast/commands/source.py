@@ -90,7 +90,7 @@ def load_source(folder: Path, device: str) -> Source:
             f"generation kind 'ddim', as pecker-fast pretrain writes it"
         )
     model = models.load(folder).to(torch_device(device))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on CPUs
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     channels, height, width = generation["sample_shape"]
     schedule = NoiseSchedule.from_dict(generation["schedule"])
     return Source(model, schedule, config["architecture"]["num_classes"], (channels, height, width))

@@ -61,7 +61,7 @@ def masked_weight_grad(
     grad: Tensor = torch.ops.pecker_fast.masked_weight_grad(
         grad_output,
         input,
-        mask.active.to(grad_output.device),
+        mask.active,
         list(mask.compact_shape),
         list(grid.shape),
         list(grid.view),
@@ -85,14 +85,14 @@ def masked_weight_grad_reference(
     channels_last: bool,
 ) -> Tensor:
     """Plain-torch twin: dense gradients of slabs of channels that hold active blocks, gathered into blocks."""
-    mask = ParameterMask(grid, active.cpu())
+    mask = ParameterMask(grid, active)  # block numbers stay on the CPU: reading them waits for no device
     if len(grid.shape) == 2:
         grad_output, input = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, input))
     if mask.is_full or not _slabs_pay(grid, geometry[3]):
         dense = _dense_weight_grad(grad_output, input, grid.shape, geometry)
         return _widen(mask.gather(dense, channels_last))
     if grid.is_rows:
-        rows = active.to(grad_output.device)
+        rows = active.to(grad_output.device, non_blocking=True)
         slab = _dense_weight_grad(_channels(grad_output, rows), input, (len(rows), *grid.shape[1:]), geometry)
         return _widen(slab)
     return _tile_grads(grad_output, input, mask, geometry, channels_last)
