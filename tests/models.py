@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pecker_fast import BlockMask, ParameterMask
+from pecker_fast import ActiveParameters, BlockMask, ParameterMask, apply_mask
 from pecker_fast.maskable import survey
 
 
@@ -55,3 +55,12 @@ def mask_of(model: nn.Module, names: tuple[str, ...], share: float = 0.5) -> Blo
         count = max(1, round(share * grid.num_blocks)) if name in names else 0
         parameters[name] = ParameterMask(grid, torch.arange(count))
     return BlockMask(parameters, found.total, share)
+
+
+def masked_net(density: float = 0.3, block: str = "row") -> tuple[nn.Sequential, ActiveParameters]:
+    model = conv_net()
+    return model, apply_mask(model, BlockMask.random(model, density, block))
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return model(torch.randn(4, 3, 8, 8)).square().mean()
