@@ -14,21 +14,26 @@ if (_checkout / "setup.py").is_file():  # in a source tree the Triton kernels li
 
 from pecker_fast.active import ActiveParameters  # noqa: E402
 from pecker_fast.apply import apply_mask  # noqa: E402
+from pecker_fast.block_scores import BlockScores  # noqa: E402
 from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
 from pecker_fast.config import DistillConfig, MaskConfig  # noqa: E402
 from pecker_fast.distiller import MaskedDistiller  # noqa: E402
 from pecker_fast.mask import BlockMask  # noqa: E402
 from pecker_fast.ops import backends, use_backend  # noqa: E402
 from pecker_fast.optim import MaskedAdamW  # noqa: E402
+from pecker_fast.refresh import MaskRefresher, change_mask, linear_density  # noqa: E402
 from pecker_fast.saliency import Saliency, compute_saliency  # noqa: E402
 from pecker_fast.schedule import NoiseSchedule  # noqa: E402
+from pecker_fast.scoring import score_blocks  # noqa: E402
 
 __all__ = [
     "ActiveParameters",
     "BlockGrid",
     "BlockMask",
+    "BlockScores",
     "DistillConfig",
     "MaskConfig",
+    "MaskRefresher",
     "MaskedAdamW",
     "MaskedDistiller",
     "NoiseSchedule",
@@ -36,6 +41,9 @@ __all__ = [
     "Saliency",
     "apply_mask",
     "backends",
+    "change_mask",
     "compute_saliency",
+    "linear_density",
+    "score_blocks",
     "use_backend",
 ]

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pecker_fast import step_hooks
-from pecker_fast.blocks import BlockGrid, ParameterMask
-from pecker_fast.layers import SUFFIX, is_channels_last, mask_layer, unmask_layer
+from pecker_fast.layers import SUFFIX, mask_layer, unmask_layer
+from pecker_fast.layout import Entry, lay_out
 from pecker_fast.mask import BlockMask
+from pecker_fast.maskable import Survey
 from pecker_fast.scatter import ScatterTable, Target
 
 ATTRIBUTE = "_pecker_active"
 """Where a masked model keeps its store, so that copies of the model get their own."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One active parameter: the owner module, the dense weight's own name there, and its stretch of the buffer."""
-
-    name: str
-    module: str
-    own: str
-    mask: ParameterMask
-    channels_last: bool
-    adopted: bool  # the weight itself is the active parameter, because its module cannot be masked
-    offset: int
 
 
 class ActiveParameters:
@@ -43,6 +30,7 @@ class ActiveParameters:
     Attributes:
         model: The masked model.
         mask: Its mask.
+        found: What of the model can be masked, and why not the rest.
         values: Active weights, float32 (numel,); float64 for a model of float64.
         grads: Their gradients, same shape.
         ema: Running average of the weights, or None; an optimizer with ``ema_decay`` keeps it.
@@ -53,7 +41,7 @@ class ActiveParameters:
         model: nn.Module,
         mask: BlockMask,
         layers: Sequence[str],
-        refused: Mapping[str, str],
+        found: Survey,
         adopted: Collection[str],
     ) -> None:
         """Use ``apply_mask``, which checks; here it is done.
@@ -62,49 +50,52 @@ class ActiveParameters:
             model: The model, not masked yet.
             mask: Its mask.
             layers: Names of the modules that become masked layers.
-            refused: Weights that cannot be masked, name -> reason.
-            adopted: Those of them that train dense.
+            found: What of the model can be masked.
+            adopted: Weights that cannot, and train dense.
         """
-        parameters = dict(model.named_parameters())
         self.model = model
-        self.mask = mask
-        self.refused = dict(refused)
+        self.found = found
         self.ema: Tensor | None = None
-        self._required_grad = {name: parameter.requires_grad for name, parameter in parameters.items()}
-        self._swapped = tuple(layers)
+        self._adopted = frozenset(adopted)
+        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._trained: set[str] = set()
+        self._install(mask, layers)
+        model.__dict__[ATTRIBUTE] = self
+        step_hooks.watch(self)
+
+    def _install(self, mask: BlockMask, layers: Sequence[str]) -> None:
+        """Turn ``layers`` of the dense model into masked ones, and lay their active weights out in new buffers."""
+        parameters = dict(self.model.named_parameters())
+        self.mask = mask
+        self._swapped = tuple(layers)
         self._owners: dict[str, nn.Module] = {}
         self._views: list[tuple[Tensor, Tensor]] = []
         self._table: ScatterTable | None = None
         self._table_key: tuple[object, ...] = ()
         for name, parameter in parameters.items():
             if parameter.is_floating_point():
-                parameter.requires_grad_(name in adopted)
+                parameter.requires_grad_(name in self._adopted)
         # Masters are float32, but those of a float64 model must not lose digits.
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
         for layer in layers:
             masks = {own: mask.parameters.get(_join(layer, own)) for own in ("weight", "bias")}
-            mask_layer(model.get_submodule(layer), {own: m for own, m in masks.items() if m and m.numel}, dtype)
-        self._entries = self._lay_out(parameters, adopted)
+            mask_layer(self.model.get_submodule(layer), {own: m for own, m in masks.items() if m and m.numel}, dtype)
+        self._entries = lay_out(parameters, mask, self._adopted)
         device = next(self._entries_parameters())[1].device
         self.values = torch.zeros(self.numel, dtype=dtype, device=device)
         self.grads = torch.zeros_like(self.values)
-        model.__dict__[ATTRIBUTE] = self
-        step_hooks.watch(self)
         self.bind_()
 
-    def _lay_out(self, parameters: dict[str, nn.Parameter], adopted: Collection[str]) -> tuple[_Entry, ...]:
-        entries, offset = [], 0
-        for name, parameter in parameters.items():
-            mask = self.mask.parameters.get(name)
-            if name in adopted:
-                mask = ParameterMask.full(BlockGrid.of(tuple(parameter.shape), "row"))
-            if mask is None or not mask.numel:
-                continue
-            module, _, own = name.rpartition(".")
-            entries.append(_Entry(name, module, own, mask, is_channels_last(parameter), name in adopted, offset))
-            offset += mask.numel
-        return tuple(entries)
+    def _uninstall(self) -> None:
+        """The other way: ordinary layers with dense weights of their own."""
+        for entry in self._entries:
+            dense = self._dense(entry)
+            if _same_place(dense, self._view(self.values, entry)):
+                dense.data = dense.data.clone()  # its own memory again; strides are kept
+            if entry.adopted:
+                dense.grad = None
+        for module_name in self._swapped:
+            unmask_layer(self.model.get_submodule(module_name))
 
     @staticmethod
     def of(model: nn.Module) -> ActiveParameters:
@@ -128,6 +119,11 @@ class ActiveParameters:
         """Names of the dense weights with active blocks, in the buffer's order."""
         return tuple(entry.name for entry in self._entries)
 
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """How the flat buffers are laid out."""
+        return self._entries
+
     def parameters(self) -> list[nn.Parameter]:
         """The active parameters, for any optimizer."""
         return [parameter for _, parameter in self._entries_parameters()]
@@ -137,28 +133,23 @@ class ActiveParameters:
         for entry, parameter in self._entries_parameters():
             yield entry.name, parameter
 
-    def _entries_parameters(self) -> Iterator[tuple[_Entry, nn.Parameter]]:
+    def _entries_parameters(self) -> Iterator[tuple[Entry, nn.Parameter]]:
         for entry in self._entries:
             parameter = self._module(entry)._parameters[entry.own if entry.adopted else entry.own + SUFFIX]
             yield entry, cast(nn.Parameter, parameter)
 
-    def _dense(self, entry: _Entry) -> nn.Parameter:
+    def _dense(self, entry: Entry) -> nn.Parameter:
         return cast(nn.Parameter, self._module(entry)._parameters[entry.own])
 
-    def _module(self, entry: _Entry) -> nn.Module:
+    def _module(self, entry: Entry) -> nn.Module:
         """The owner of a parameter, looked up once: names are what a copy of the model can rely on."""
         if entry.module not in self._owners:
             self._owners[entry.module] = self.model.get_submodule(entry.module)
         return self._owners[entry.module]
 
-    def _view(self, flat: Tensor, entry: _Entry) -> Tensor:
+    def _view(self, flat: Tensor, entry: Entry) -> Tensor:
         """The stretch of a flat buffer that belongs to one parameter, in that parameter's shape."""
-        stretch = flat[entry.offset : entry.offset + entry.mask.numel]
-        shape = entry.mask.compact_shape
-        if entry.channels_last and len(shape) == 4:
-            out, in_, height, width = shape
-            return stretch.view(out, height, width, in_).permute(0, 3, 1, 2)
-        return stretch.view(shape)
+        return entry.shaped(entry.stretch(flat))
 
     def _all_views(self) -> list[tuple[Tensor, Tensor]]:
         """Every parameter's stretch of the values and of the gradients, made once for as long as the buffers stay."""
@@ -192,7 +183,7 @@ class ActiveParameters:
             if self._aliases(entry, dense) and not _same_place(dense, value):
                 dense.data = value
 
-    def _aliases(self, entry: _Entry, dense: Tensor) -> bool:
+    def _aliases(self, entry: Entry, dense: Tensor) -> bool:
         """Whether the dense weight can be a view of the buffer: nothing to scatter then."""
         return entry.mask.is_full and dense.dtype == self.values.dtype and dense.device == self.values.device
 
@@ -269,11 +260,10 @@ class ActiveParameters:
         entry = next((entry for entry in self._entries if entry.name == name), None)
         if entry is None:
             raise KeyError(f"{name!r} has no active blocks; weights with some: {', '.join(self.names[:5])}, ...")
-        dense = flat.new_zeros(entry.mask.grid.numel)
-        stretch = flat[entry.offset : entry.offset + entry.mask.numel]
         if entry.mask.is_full:
             return self._view(flat, entry).clone(memory_format=torch.contiguous_format)
-        dense[entry.mask.index(entry.channels_last).to(flat.device)] = stretch
+        dense = flat.new_zeros(entry.mask.grid.numel)
+        dense[entry.mask.index(entry.channels_last).to(flat.device)] = entry.stretch(flat)
         return dense.view(entry.mask.grid.shape)
 
     # -- running average ---------------------------------------------------------------------------
@@ -339,25 +329,33 @@ class ActiveParameters:
                 raise RuntimeError("no running average is kept; make MaskedAdamW with ema_decay, and step once")
             self.values.copy_(self.ema)
             self.scatter_()
-        for entry in self._entries:
-            dense = self._dense(entry)
-            if _same_place(dense, self._view(self.values, entry)):
-                dense.data = dense.data.clone()  # its own memory again; strides are kept
-            if entry.adopted:
-                dense.grad = None
-        for module_name in self._swapped:
-            unmask_layer(self.model.get_submodule(module_name))
+        self._uninstall()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
         del self.model.__dict__[ATTRIBUTE]
         step_hooks.forget(self)
         return self.model
 
+    @torch.no_grad()
+    def replace_mask(self, mask: BlockMask, layers: Sequence[str]) -> None:
+        """Lay the store out anew for another mask; ``change_mask`` checks the mask and takes the optimizers along.
+
+        Weights that leave keep the values they have; gradients are dropped.
+
+        Raises:
+            RuntimeError: A dense weight was changed behind the store's back; nothing is changed.
+        """
+        self.check()
+        self.bind_()
+        self._uninstall()
+        self._install(mask, layers)
+        self.bump_versions()
+
     def summary(self) -> str:
         """What trains and what does not, one line each."""
         trained = {entry.name for entry in self._entries}
         lines = [repr(self), self.mask.summary()]
-        for name, reason in self.refused.items():
+        for name, reason in self.found.refused.items():
             lines.append(f"  {name:<40} {'trains dense' if name in trained else 'frozen'}: {reason}")
         return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -43,12 +44,17 @@ def apply_mask(
                 f"{name or type(model).__name__} is masked already; call active.remove() before apply_mask"
             )
     found = survey(model)
-    _check_mask(model, mask, found, unmaskable)
     dense = found.refused if unmaskable == "dense" else {}
-    return ActiveParameters(model, mask, _layers_to_swap(model, mask, found), found.refused, dense)
+    check_mask(model, mask, found, dense)
+    return ActiveParameters(model, mask, layers_to_swap(model, mask, found), found, dense)
 
 
-def _check_mask(model: nn.Module, mask: BlockMask, found: Survey, unmaskable: str) -> None:
+def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collection[str]) -> None:
+    """Refuse a mask that does not fit ``model``; ``adopted`` are the weights that train dense.
+
+    Raises:
+        ValueError: It is for another model, has no active block, or activates a weight that cannot be masked.
+    """
     where = f"the mask was not made for this {type(model).__name__}"
     for name, parameter in mask.parameters.items():
         if name in found.refused:
@@ -64,21 +70,19 @@ def _check_mask(model: nn.Module, mask: BlockMask, found: Survey, unmaskable: st
     if not mask.numel:
         raise ValueError("the mask has no active block: nothing would train")
     for name, tensor in model.named_parameters():
-        active = (name in mask.parameters and mask.parameters[name].numel) or (
-            unmaskable == "dense" and name in found.refused
-        )
+        active = name in adopted or (name in mask.parameters and mask.parameters[name].numel)
         if active and tensor.dtype not in DTYPE_CODES:
             raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if unmaskable == "dense" and name in found.refused and tensor.dtype != torch.float32:
+        if name in adopted and tensor.dtype != torch.float32:
             raise ValueError(f"{name} cannot train dense: expected float32, got {tensor.dtype}; keep it frozen")
 
 
-def _layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[str]:
+def layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[str]:
     """Modules with active blocks, and frozen convolutions, which would keep their input for nothing."""
     owners = {name.rpartition(".")[0] for name, parameter in mask.parameters.items() if parameter.numel}
     maskable = {name.rpartition(".")[0] for name in found.maskable}
     return [
         name
         for name, module in model.named_modules()
-        if name in owners or (type(module) is nn.Conv2d and name in maskable)
+        if name in owners or (isinstance(module, nn.Conv2d) and name in maskable)
     ]

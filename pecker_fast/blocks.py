@@ -129,6 +129,17 @@ class ParameterMask:
         """Every block active."""
         return ParameterMask(grid, torch.arange(grid.num_blocks))
 
+    @staticmethod
+    def of_flags(grid: BlockGrid, flags: Tensor) -> ParameterMask:
+        """The blocks whose flag is set; ``flags`` bool (num_blocks,)."""
+        return ParameterMask(grid, flags.nonzero().flatten())
+
+    def flags(self) -> Tensor:
+        """One boolean a block: (num_blocks,)."""
+        flags = torch.zeros(self.grid.num_blocks, dtype=torch.bool)
+        flags[self.active] = True
+        return flags
+
     @cached_property
     def numel(self) -> int:
         """Active weights."""

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pecker_fast.blocks import ParameterMask
+from pecker_fast.block_scores import ScoreKind
+from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.ops.accumulate_saliency import accumulate_saliency_
 from pecker_fast.ops.masked_weight_grad import masked_weight_grad
 
 Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -26,6 +28,14 @@ def link(dense: Tensor, master: Tensor, mask: ParameterMask, channels_last: bool
     if not (torch.is_grad_enabled() and master.requires_grad):
         return dense
     return cast(Tensor, _Link.apply(dense, master, mask, channels_last))
+
+
+def score(weight: Tensor, sums: Tensor, grid: BlockGrid, kind: ScoreKind) -> Tensor:
+    """``weight``, unchanged; its gradient, as it passes, is summed over blocks into ``sums`` and not kept."""
+    if not torch.is_grad_enabled():
+        return weight
+    anchor = sums.new_empty(0, requires_grad=True)  # so that autograd comes by even where the weight is frozen
+    return cast(Tensor, _Score.apply(weight, anchor, sums, grid, kind))
 
 
 def masked_linear(
@@ -75,6 +85,19 @@ class _Link(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.mask.gather(grad, ctx.channels_last).to(ctx.dtype), None, None
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, anchor: Tensor, sums: Tensor, grid: BlockGrid, kind: ScoreKind) -> Tensor:
+        ctx.sums, ctx.grid, ctx.kind = sums, grid, kind
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        accumulate_saliency_(ctx.sums, grad, ctx.kind, grid=ctx.grid)
+        return grad if ctx.needs_input_grad[0] else None, None, None, None, None
 
 
 class _MaskedLinear(torch.autograd.Function):

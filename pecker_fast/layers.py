@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecker_fast.blocks import ParameterMask
-from pecker_fast.functional import link, masked_conv2d, masked_linear, require_grad_like
+from pecker_fast.block_scores import ScoreKind
+from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.functional import link, masked_conv2d, masked_linear, require_grad_like, score
 
 SUFFIX = "_active"
+
+Sums: TypeAlias = tuple[Tensor, BlockGrid, ScoreKind]
+"""Running sums over blocks, how the weight is cut, and of what."""
 
 
 class MaskedLayer(nn.Module):
@@ -26,10 +31,12 @@ class MaskedLayer(nn.Module):
     Attributes:
         masks: Own name of a weight -> its active blocks; only weights that have some.
         channels_last: Own name of a weight -> order of its active weights, as in ``ParameterMask.index``.
+        scored: Own name of a weight -> where its gradient is summed over blocks, while ``score_blocks`` listens.
     """
 
     masks: dict[str, ParameterMask]
     channels_last: dict[str, bool]
+    scored: Mapping[str, Sums] = MappingProxyType({})
 
     def master(self, name: str) -> nn.Parameter | None:
         """The active weights of ``name``, or None if it is frozen."""
@@ -38,9 +45,16 @@ class MaskedLayer(nn.Module):
     def linked(self, name: str) -> Tensor | None:
         """The dense weight, with gradients for its active blocks."""
         dense, master = self._parameters[name], self.master(name)
-        if dense is None or master is None:
-            return dense
-        return link(dense, master, self.masks[name], self.channels_last[name])
+        if dense is None:
+            return None
+        weight = dense if master is None else link(dense, master, self.masks[name], self.channels_last[name])
+        return score(weight, *self.scored[name]) if name in self.scored else weight
+
+    def wants_dense_gradient(self, name: str) -> bool:
+        """Whether the whole gradient of a weight is computed: most of it is active, or all its blocks are scored."""
+        if name in self.scored:
+            return True
+        return self.master(name) is not None and not _masked_gradient_pays(self.masks[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLayer:
         """Masters follow the device, never the dtype: ``.half()`` narrows the dense weights only."""
@@ -97,7 +111,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
         master = self.master("weight")
-        if master is None or not _masked_gradient_pays(self.masks["weight"]):
+        if master is None or self.wants_dense_gradient("weight"):
             return F.linear(input, cast(Tensor, self.linked("weight")), self.linked("bias"))
         context, (x, weight, bias) = _autocast(input, self.weight, self.linked("bias"))
         with context:
@@ -117,7 +131,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
         master = self.master("weight")
-        if master is not None and not _masked_gradient_pays(self.masks["weight"]):
+        if self.wants_dense_gradient("weight"):
             return cast(Tensor, self._conv_forward(input, cast(Tensor, self.linked("weight")), self.linked("bias")))
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):  # pad first, as torch does

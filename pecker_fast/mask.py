@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pecker_fast.block_scores import BlockScores
 from pecker_fast.blocks import Block, BlockGrid, ParameterMask
 from pecker_fast.checkpoint import atomic_file, read_safetensors, write_safetensors
 from pecker_fast.config import check_density
 from pecker_fast.errors import FileFormatError
 from pecker_fast.maskable import survey
+from pecker_fast.packing import grid_of, pack, unpack
 from pecker_fast.saliency import Saliency
-from pecker_fast.selection import select_blocks, select_ranked
+from pecker_fast.selection import excluded_blocks, select_blocks, select_ranked
+
+Scope: TypeAlias = Literal["global", "layer"]
 
 FORMAT = "pecker_fast.mask"
 VERSION = 1
@@ -49,7 +52,8 @@ class BlockMask:
         saliency: Mapping[str, Tensor],
         density: float = 0.1,
         block: Block = "auto",
-        scope: Literal["global", "layer"] = "global",
+        scope: Scope = "global",
+        exclude: Iterable[BlockMask] = (),
     ) -> BlockMask:
         """The most salient blocks.
 
@@ -62,33 +66,68 @@ class BlockMask:
             block: (out, in) in weights, "row" (1, in), "element", or "auto": 64 x 64 where both sides have 128 channels
                 or more, rows elsewhere.
             scope: "global" ranks over the whole network, "layer" within each layer (a module's weight and bias).
+            exclude: Masks whose weights are left alone: blocks that share a weight with one of them are not selected,
+                so that what is trained under this mask and under those is disjoint.
 
         Raises:
-            ValueError: ``density`` or ``block`` out of range, or saliency that is empty, not finite, or all equal: it
-                ranks nothing.
+            ValueError: ``density`` or ``block`` out of range, saliency that is empty, not finite, or all equal (it
+                ranks nothing), or every block excluded.
         """
         check_density(density)
-        if scope not in ("global", "layer"):
-            raise ValueError(f'scope: expected "global" or "layer", got {scope!r}')
         if not isinstance(saliency, Saliency):
             saliency = Saliency(saliency)
         saliency.check()
         grids = saliency.grids(block)
-        if scope == "global":
-            parameters = select_blocks(saliency, grids, round(density * saliency.total))
-        else:
-            parameters = {}
-            for layer in _layers(grids):
-                weights = sum(grid.numel for grid in layer.values())
-                parameters |= select_blocks(saliency, layer, round(density * weights))
+        forbidden = _forbidden(grids, exclude)
+
+        def select(part: Mapping[str, BlockGrid], budget: int) -> dict[str, ParameterMask]:
+            return select_blocks(saliency, part, budget, forbidden)
+
+        parameters = _select(select, grids, density, scope, saliency.total)
         return cls(parameters, saliency.total, density, saliency.mass(parameters))
 
     @classmethod
-    def random(cls, model: nn.Module, density: float = 0.1, block: Block = "auto", seed: int = 0) -> BlockMask:
+    def from_block_scores(
+        cls,
+        scores: BlockScores,
+        density: float = 0.1,
+        scope: Scope = "global",
+        exclude: Iterable[BlockMask] = (),
+    ) -> BlockMask:
+        """The blocks with the highest mean score per weight; as ``from_saliency``, without a value for every weight.
+
+        Args:
+            scores: Sums over blocks, from ``score_blocks``.
+            density: Share of all weights, in (0, 1].
+            scope: "global" or "layer".
+            exclude: Masks whose weights are left alone.
+
+        Raises:
+            ValueError: As ``from_saliency``.
+        """
+        check_density(density)
+        scores.check()
+        means, forbidden = scores.means(), _forbidden(scores.grids, exclude)
+
+        def select(part: Mapping[str, BlockGrid], budget: int) -> dict[str, ParameterMask]:
+            return select_ranked(means, part, budget, forbidden=forbidden)
+
+        parameters = _select(select, scores.grids, density, scope, scores.total)
+        return cls(parameters, scores.total, density, scores.mass(parameters))
+
+    @classmethod
+    def random(
+        cls,
+        model: nn.Module,
+        density: float = 0.1,
+        block: Block = "auto",
+        seed: int = 0,
+        exclude: Iterable[BlockMask] = (),
+    ) -> BlockMask:
         """The control: blocks in random order, as many as fit within the density. The same for the same seed.
 
         Raises:
-            ValueError: ``density`` or ``block`` out of range, or a model without a maskable weight.
+            ValueError: ``density`` or ``block`` out of range, no maskable weight, or every block excluded.
         """
         check_density(density)
         found = survey(model)
@@ -96,7 +135,9 @@ class BlockMask:
         generator = torch.Generator().manual_seed(seed)
         ranks = torch.randperm(sum(grid.num_blocks for grid in grids.values()), generator=generator)
         pieces = dict(zip(grids, ranks.split([grid.num_blocks for grid in grids.values()]), strict=True))
-        return cls(select_ranked(pieces, grids, round(density * found.total), fill=True), found.total, density)
+        forbidden = _forbidden(grids, exclude)
+        parameters = select_ranked(pieces, grids, round(density * found.total), fill=True, forbidden=forbidden)
+        return cls(parameters, found.total, density)
 
     @classmethod
     def dense(cls, model: nn.Module) -> BlockMask:
@@ -104,6 +145,53 @@ class BlockMask:
         found = survey(model)
         grids = found.grids("row")
         return cls({name: ParameterMask.full(grid) for name, grid in grids.items()}, found.total, 1.0, 1.0)
+
+    # -- combined ----------------------------------------------------------------------------------
+
+    def union(self, other: BlockMask) -> BlockMask:
+        """Blocks that are active in either mask; also ``a | b``.
+
+        Raises:
+            ValueError: The masks are not of the same weights, cut into the same blocks.
+        """
+        return self._combine(other, torch.logical_or)
+
+    def intersection(self, other: BlockMask) -> BlockMask:
+        """Blocks that are active in both masks; also ``a & b``.
+
+        Raises:
+            ValueError: The masks are not of the same weights, cut into the same blocks.
+        """
+        return self._combine(other, torch.logical_and)
+
+    def difference(self, other: BlockMask) -> BlockMask:
+        """Blocks that are active in this mask and not in the other; also ``a - b``.
+
+        Raises:
+            ValueError: The masks are not of the same weights, cut into the same blocks.
+        """
+        return self._combine(other, lambda a, b: a & ~b)
+
+    def complement(self) -> BlockMask:
+        """The maskable blocks that are not active; also ``~a``."""
+        return self._combine(self, lambda a, _: ~a)
+
+    __or__, __and__, __sub__, __invert__ = union, intersection, difference, complement
+
+    def _combine(self, other: BlockMask, rule: Callable[[Tensor, Tensor], Tensor]) -> BlockMask:
+        for name in dict.fromkeys((*self.parameters, *other.parameters)):
+            grids = [mask.parameters[name].grid if name in mask.parameters else None for mask in (self, other)]
+            if grids[0] != grids[1]:
+                raise ValueError(
+                    f"masks combine block by block, but {name} is {_cut(grids[0])} in one and {_cut(grids[1])} in the "
+                    f"other; make both from one model with the same block"
+                )
+        parameters = {
+            name: ParameterMask.of_flags(mine.grid, rule(mine.flags(), other.parameters[name].flags()))
+            for name, mine in self.parameters.items()
+        }
+        density = sum(parameter.numel for parameter in parameters.values()) / self.total
+        return BlockMask(parameters, self.total, density)
 
     @property
     def numel(self) -> int:
@@ -190,7 +278,7 @@ class BlockMask:
             "density_asked": repr(self.density_asked),
             "mass": "" if self.mass is None else repr(self.mass),
         }
-        return {name: _pack(parameter) for name, parameter in self.parameters.items()}, header
+        return {name: pack(parameter) for name, parameter in self.parameters.items()}, header
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> BlockMask:
@@ -199,10 +287,45 @@ class BlockMask:
         Raises:
             KeyError, ValueError, TypeError: Something is missing or does not fit together.
         """
-        grids = {name: _grid(*fields) for name, fields in json.loads(header["grids"]).items()}
-        parameters = {name: _unpack(tensors[name], grid) for name, grid in grids.items()}
+        grids = {name: grid_of(*fields) for name, fields in json.loads(header["grids"]).items()}
+        parameters = {name: unpack(tensors[name], grid) for name, grid in grids.items()}
         mass = float(header["mass"]) if header["mass"] else None
         return cls(parameters, int(header["total"]), float(header["density_asked"]), mass)
+
+
+def _select(
+    select: Callable[[Mapping[str, BlockGrid], int], dict[str, ParameterMask]],
+    grids: Mapping[str, BlockGrid],
+    density: float,
+    scope: Scope,
+    total: int,
+) -> dict[str, ParameterMask]:
+    """Select within the whole network, or within each layer, by its own share of the weights."""
+    if scope not in ("global", "layer"):
+        raise ValueError(f'scope: expected "global" or "layer", got {scope!r}')
+    if scope == "global":
+        return select(grids, round(density * total))
+    parameters: dict[str, ParameterMask] = {}
+    for layer in _layers(grids):
+        parameters |= select(layer, round(density * sum(grid.numel for grid in layer.values())))
+    return parameters
+
+
+def _forbidden(grids: Mapping[str, BlockGrid], exclude: Iterable[BlockMask]) -> dict[str, Tensor]:
+    """Blocks that share a weight with a mask of ``exclude``: name -> bool (num_blocks,), for weights with some."""
+    forbidden: dict[str, Tensor] = {}
+    for mask in exclude:
+        for name, parameter in mask.parameters.items():
+            if parameter.numel and name in grids:
+                blocks = excluded_blocks(grids[name], parameter)
+                forbidden[name] = blocks | forbidden.get(name, blocks)
+    if forbidden and all(name in forbidden and bool(forbidden[name].all()) for name in grids):
+        raise ValueError("exclude: the masks to leave alone touch every block, so nothing is left to select")
+    return forbidden
+
+
+def _cut(grid: BlockGrid | None) -> str:
+    return "missing" if grid is None else f"{grid.shape} in blocks of {grid.block}"
 
 
 def _layers(grids: Mapping[str, BlockGrid]) -> list[dict[str, BlockGrid]]:
@@ -211,28 +334,3 @@ def _layers(grids: Mapping[str, BlockGrid]) -> list[dict[str, BlockGrid]]:
     for name, grid in grids.items():
         layers.setdefault(name.rpartition(".")[0], {})[name] = grid
     return list(layers.values())
-
-
-def _pack(parameter: ParameterMask) -> Tensor:
-    bits = np.zeros(parameter.grid.num_blocks, dtype=np.uint8)
-    bits[parameter.active.numpy()] = 1
-    return torch.from_numpy(np.packbits(bits, bitorder="little"))
-
-
-def _unpack(packed: Tensor, grid: BlockGrid) -> ParameterMask:
-    if packed.dtype != torch.uint8 or packed.shape != (-(-grid.num_blocks // 8),):
-        raise ValueError(f"{grid.num_blocks} blocks as bits, got {packed.dtype} {tuple(packed.shape)}")
-    bits = np.unpackbits(packed.numpy(), bitorder="little")
-    if bits[grid.num_blocks :].any():
-        raise ValueError("bits beyond the last block")
-    return ParameterMask(grid, torch.from_numpy(bits[: grid.num_blocks].nonzero()[0]))
-
-
-def _grid(shape: Any, view: Any, block: Any) -> BlockGrid:
-    grid = BlockGrid(tuple(shape), tuple(view), tuple(block))
-    sizes = (*grid.shape, *grid.view, *grid.block)
-    if len(grid.view) != 3 or len(grid.block) != 2 or not all(isinstance(n, int) and n >= 0 for n in sizes):
-        raise ValueError(f"not a grid: {shape}, {view}, {block}")
-    if grid.view[0] * grid.view[1] * grid.view[2] != grid.numel or min(grid.block) < 1:
-        raise ValueError(f"view {grid.view} and block {grid.block} do not fit shape {grid.shape}")
-    return grid

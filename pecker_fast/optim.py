@@ -87,6 +87,8 @@ class MaskedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active, group = self.active, self.param_groups[0]
+        if group["params"][0] is not next(active.named_parameters())[1]:
+            raise RuntimeError("MaskedAdamW: the mask was changed without this optimizer; give it to change_mask too")
         active.bind_()
         active.check_gradients()
         state = self._state()
@@ -128,6 +130,20 @@ class MaskedAdamW(torch.optim.Optimizer):
                 state[name] = buffer.to(values.device)  # the model moved after the first step
         self.active.ema = state.get("ema")
         return state
+
+    def follow_mask(self, carried: Callable[[str, Tensor], Tensor]) -> None:
+        """After a change of the mask: take the new parameters and lay the state out anew, as ``change_mask`` does.
+
+        Args:
+            carried: (name of a flat buffer of the state, buffer) -> the same for the new mask.
+        """
+        group = self.param_groups[0]
+        state = self.state.pop(group["params"][0], {})
+        group["params"] = self.active.parameters()
+        if state:
+            moved = {name: carried(name, b) if isinstance(b, Tensor) else b for name, b in state.items()}
+            self.state[group["params"][0]] = moved
+        self.active.ema = cast(dict[str, Any], self.state[group["params"][0]]).get("ema")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state.

@@ -12,7 +12,10 @@ from pecker_fast.ops.select_threshold import select_threshold
 
 
 def select_blocks(
-    saliency: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int
+    saliency: Mapping[str, Tensor],
+    grids: Mapping[str, BlockGrid],
+    budget: int,
+    forbidden: Mapping[str, Tensor] | None = None,
 ) -> dict[str, ParameterMask]:
     """The longest prefix of all blocks, ranked by mean saliency per weight, that has at most ``budget`` weights.
 
@@ -23,18 +26,25 @@ def select_blocks(
         saliency: Saliency of every weight, name -> tensor of the weight's shape.
         grids: How every weight is cut.
         budget: Weights to select, from 1.
+        forbidden: Blocks that are never selected, name -> bool (num_blocks,); weights that are not named have none.
     """
+    forbidden = forbidden or {}
     if all(grid.block == (1, 1) and grid.view[2] == 1 for grid in grids.values()):
-        return _select_elements(saliency, grids, max(budget, 1))
+        return _select_elements(saliency, grids, max(budget, 1), forbidden)
     means = {
         name: grid.block_sums(saliency[name].detach().cpu().double()) / grid.block_numel().clamp(min=1)
         for name, grid in grids.items()
     }
-    return select_ranked(means, grids, budget)
+    return select_ranked(means, grids, budget, forbidden=forbidden)
 
 
 def select_ranked(
-    ranks: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int, *, fill: bool = False
+    ranks: Mapping[str, Tensor],
+    grids: Mapping[str, BlockGrid],
+    budget: int,
+    *,
+    fill: bool = False,
+    forbidden: Mapping[str, Tensor] | None = None,
 ) -> dict[str, ParameterMask]:
     """The longest prefix of all blocks in descending order of ``ranks`` (one value a block) within ``budget`` weights.
 
@@ -42,8 +52,10 @@ def select_ranked(
     """
     sizes = torch.cat([grid.block_numel() for grid in grids.values()])
     order = torch.cat([ranks[name] for name in grids]).argsort(descending=True, stable=True)
+    barred = torch.cat([_barred(name, grid, forbidden or {}) for name, grid in grids.items()])
+    order = order[~barred[order]]
     chosen = torch.zeros(len(sizes), dtype=torch.bool)
-    chosen[order[0]] = True  # at least one block, whatever the budget
+    chosen[order[:1]] = True  # at least one block, whatever the budget
     left = budget
     while len(order) and int(sizes[order].min()) <= left:
         fits = sizes[order].cumsum(0) <= left
@@ -59,11 +71,17 @@ def select_ranked(
 
 
 def _select_elements(
-    saliency: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int
+    saliency: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int, forbidden: Mapping[str, Tensor]
 ) -> dict[str, ParameterMask]:
     """Single weights: a threshold instead of a sort, and as many of its ties as still fit."""
     flat = {name: saliency[name].detach().cpu().float().reshape(-1) for name in grids}
-    threshold, ties = select_threshold(list(flat.values()), min(budget, sum(map(len, flat.values()))))
+    for name, barred in forbidden.items():
+        if name in flat:
+            flat[name] = flat[name].masked_fill(barred, -torch.inf)
+    allowed = sum(len(values) - int(_barred(name, grids[name], forbidden).sum()) for name, values in flat.items())
+    if not allowed:
+        return {name: ParameterMask(grid, torch.zeros(0, dtype=torch.int64)) for name, grid in grids.items()}
+    threshold, ties = select_threshold(list(flat.values()), min(budget, allowed))
     left = int(ties)
     selected: dict[str, ParameterMask] = {}
     for name, grid in grids.items():
@@ -73,3 +91,14 @@ def _select_elements(
         chosen[equal] = True
         selected[name] = ParameterMask(grid, chosen.nonzero().flatten())
     return selected
+
+
+def excluded_blocks(grid: BlockGrid, other: ParameterMask) -> Tensor:
+    """Blocks of ``grid`` that share a weight with ``other``, however that one is cut: bool (num_blocks,)."""
+    if other.grid == grid:
+        return other.flags()
+    return grid.block_sums(other.to_dense().float()) > 0
+
+
+def _barred(name: str, grid: BlockGrid, forbidden: Mapping[str, Tensor]) -> Tensor:
+    return forbidden[name] if name in forbidden else torch.zeros(grid.num_blocks, dtype=torch.bool)

@@ -251,7 +251,10 @@ def test_unreachable_weights_are_left_out_by_name():
     assert set(mask.parameters) == {"a.bias", "b.bias"}
     assert mask.density == 8 / sum(p.numel() for p in tied.parameters())
     active = apply_mask(tied, mask)
-    assert "attention.out_proj.weight" in active.refused and "shared by 2 modules" in active.refused["a.weight"]
+    assert (
+        "attention.out_proj.weight" in active.found.refused
+        and "shared by 2 modules" in active.found.refused["a.weight"]
+    )
     assert "attention.out_proj.weight" in active.summary()
 
 

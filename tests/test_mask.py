@@ -63,6 +63,59 @@ def test_bad_blocks_are_refused(block):
         BlockMask.random(conv_net(), 0.1, block)
 
 
+# -- combined --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", ["row", "element", (8, 8)])
+def test_masks_combine_as_sets_of_blocks(block):
+    model = conv_net()
+    a, b = BlockMask.random(model, 0.4, block, seed=1), BlockMask.random(model, 0.4, block, seed=2)
+    for name in a.parameters:
+        mine, other = a.to_dense(name), b.to_dense(name)
+        assert torch.equal((a | b).to_dense(name), mine | other)
+        assert torch.equal((a & b).to_dense(name), mine & other)
+        assert torch.equal((a - b).to_dense(name), mine & ~other)
+        assert torch.equal((~a).to_dense(name), ~mine)
+    assert ~~a == a and (a | ~a).numel == a.total and (a & ~a).numel == 0
+    assert (a | b).numel == a.numel + b.numel - (a & b).numel
+
+
+def test_masks_of_different_blocks_or_models_do_not_combine():
+    model = conv_net()
+    a = BlockMask.random(model, 0.4, "row")
+    with pytest.raises(ValueError, match=r"in blocks of \(1, 3\) in one and .* in blocks of \(8, 3\)"):
+        a | BlockMask.random(model, 0.4, (8, 8))
+    with pytest.raises(ValueError, match="missing"):
+        a & BlockMask.random(Zoo(), 0.4, "row")
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("blocks", [("row", "row"), ("element", "element"), ((8, 8), "row"), ("row", "element")])
+def test_excluded_weights_are_left_alone(scope, blocks):
+    model = conv_net()
+    saliency = {name: torch.rand_like(p) for name, p in model.named_parameters()}
+    first = BlockMask.from_saliency(saliency, 0.2, blocks[0])
+    second = BlockMask.from_saliency(saliency, 0.2, blocks[1], scope=scope, exclude=[first])
+    control = BlockMask.random(model, 0.2, blocks[1], exclude=[first, second])
+    for name in first.parameters:
+        masks = [mask.to_dense(name) for mask in (first, second, control)]
+        assert int(sum(mask.int() for mask in masks).max()) <= 1, name
+    assert second.numel > 0 and control.numel > 0
+    without = BlockMask.from_saliency(saliency, 0.2, blocks[1], scope=scope)
+    assert any((without.to_dense(name) & first.to_dense(name)).any() for name in first.parameters)
+
+
+def test_excluding_takes_the_next_best_and_everything_is_refused():
+    saliency = {"a": torch.tensor([[4.0, 4.0], [3.0, 3.0], [2.0, 2.0], [1.0, 1.0]])}
+    first = BlockMask.from_saliency(saliency, 0.25, "row")
+    second = BlockMask.from_saliency(saliency, 0.5, "row", exclude=[first])
+    assert first.parameters["a"].active.tolist() == [0] and second.parameters["a"].active.tolist() == [1, 2]
+    rest = BlockMask.from_saliency(saliency, 1.0, "row", exclude=[first])
+    assert rest.parameters["a"].active.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="nothing is left"):
+        BlockMask.from_saliency(saliency, 0.5, "element", exclude=[first, rest])
+
+
 # -- ranking ---------------------------------------------------------------------------------------
 
 
