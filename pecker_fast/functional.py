@@ -62,12 +62,14 @@ def masked_conv2d(
     mask: ParameterMask | None,
     channels_last: bool,
     geometry: Geometry,
+    wanted: int | None = None,
 ) -> Tensor:
     """``F.conv2d`` whose weight gradient goes to ``master``, for active blocks only.
 
     Without a master nothing of the weight trains, and the input is not kept (torch keeps it: pytorch issue 133566).
+    With ``wanted`` only that many leading channels of the input get their gradient, the others zero.
     """
-    return cast(Tensor, _MaskedConv2d.apply(input, weight, master, bias, mask, channels_last, geometry))
+    return cast(Tensor, _MaskedConv2d.apply(input, weight, master, bias, mask, channels_last, geometry, wanted))
 
 
 def require_grad_like(input: Tensor, like: Tensor) -> Tensor:
@@ -141,10 +143,12 @@ class _MaskedConv2d(torch.autograd.Function):
         mask: ParameterMask | None,
         channels_last: bool,
         geometry: Geometry,
+        wanted: int | None,
     ) -> Tensor:
         wants_input, _, wants_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(input if wants_weight else None, weight if wants_input else None)
-        ctx.mask, ctx.channels_last, ctx.geometry, ctx.shape = mask, channels_last, geometry, input.shape
+        ctx.mask, ctx.channels_last, ctx.geometry = mask, channels_last, geometry
+        ctx.shape, ctx.wanted = input.shape, wanted
         ctx.dtype = None if master is None else master.dtype
         stride, padding, dilation, groups = geometry
         return F.conv2d(input, weight, bias, tuple(stride), tuple(padding), tuple(dilation), groups)
@@ -158,11 +162,7 @@ class _MaskedConv2d(torch.autograd.Function):
         grad_input = grad_master = grad_bias = None
         if weight is not None:
             shape = ctx.shape if len(ctx.shape) == 4 else (1, *ctx.shape)
-            unread = batched.new_empty(1).expand(shape)  # only its shape matters for the input's gradient
-            grad_input, _, _ = torch.ops.aten.convolution_backward(
-                batched, unread, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
-            )
-            grad_input = grad_input.view(ctx.shape) if grad_output.dim() == 3 else grad_input
+            grad_input = _input_grad(batched, weight, shape, ctx.geometry, ctx.wanted).view(ctx.shape)
         if input is not None:
             grad_master = masked_weight_grad(
                 batched,
@@ -176,7 +176,36 @@ class _MaskedConv2d(torch.autograd.Function):
             ).to(ctx.dtype)
         if ctx.needs_input_grad[3]:
             grad_bias = batched.sum((0, 2, 3))
-        return grad_input, None, grad_master, grad_bias, None, None, None
+        return grad_input, None, grad_master, grad_bias, None, None, None, None
+
+
+def _input_grad(
+    grad_output: Tensor, weight: Tensor, shape: Sequence[int], geometry: Geometry, wanted: int | None
+) -> Tensor:
+    """Gradient of a convolution's input of ``shape``; of its first ``wanted`` channels only, zero in the others."""
+    batch, channels, *size = shape
+    computed = channels if wanted is None else wanted
+    part = weight if computed == channels else _contiguous_like(weight[:, :computed], weight)
+    unread = grad_output.new_empty(1).expand(batch, computed, *size)  # only its shape matters
+    stride, padding, dilation, groups = geometry
+    grad, _, _ = torch.ops.aten.convolution_backward(
+        grad_output, unread, part, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
+    )
+    if computed == channels:
+        return cast(Tensor, grad)
+    whole = torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=_memory_format(grad))
+    whole[:, :computed] = grad
+    whole[:, computed:].zero_()
+    return whole
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _contiguous_like(part: Tensor, like: Tensor) -> Tensor:
+    return part.contiguous(memory_format=_memory_format(like))
 
 
 class _RequireGrad(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pecker_fast.block_scores import ScoreKind
 from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.frozen_channels import channels_with_gradient
 from pecker_fast.functional import link, masked_conv2d, masked_linear, require_grad_like, score
 
 SUFFIX = "_active"
@@ -133,7 +134,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
         master = self.master("weight")
         if self.wants_dense_gradient("weight"):
             return cast(Tensor, self._conv_forward(input, cast(Tensor, self.linked("weight")), self.linked("bias")))
-        padding = self.padding
+        padding, wanted = self.padding, channels_with_gradient(input)
         if self.padding_mode != "zeros" or isinstance(padding, str):  # pad first, as torch does
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input, padding = F.pad(input, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
@@ -147,6 +148,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
                 self.masks.get("weight"),
                 self.channels_last.get("weight", False),
                 (self.stride, padding, self.dilation, self.groups),
+                wanted if self.groups == 1 else None,
             )
 
 

@@ -9,7 +9,7 @@ import pecker_fast
 
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
-    ["errors", "native", "step_hooks"],
+    ["errors", "native", "step_hooks", "frozen_channels"],
     ["checkpoint", "blocks", "data"],
     ["config", "scatter", "schedule"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores"],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -15,6 +16,8 @@ from pecker_fast.ops.dispatch import Backend, Op, library
 
 MAX_SLABS = 64
 """With more block rows than this, many small products lose to one dense gradient (as they do for single weights)."""
+UNFOLD_BELOW = 32
+"""Fewer active rows of a convolution than this are one matrix product; measured on a CPU."""
 
 
 def masked_weight_grad(
@@ -45,7 +48,8 @@ def masked_weight_grad(
         backend: Name of a backend, or None for the best one.
 
     Returns:
-        A new tensor of shape ``mask.compact_shape``: float64 for float64 input, else float32.
+        A new tensor of shape ``mask.compact_shape``, in memory order (out, height, width, in) with ``channels_last``:
+        float64 for float64 input, else float32.
 
     Raises:
         ValueError: Shapes do not fit the mask.
@@ -93,6 +97,8 @@ def masked_weight_grad_reference(
         return _widen(mask.gather(dense, channels_last))
     if grid.is_rows:
         rows = active.to(grad_output.device, non_blocking=True)
+        if _unfolding_pays(grad_output, len(rows), grid, geometry):
+            return _widen(_unfolded_weight_grad(grad_output, input, rows, grid.shape[2:], geometry[1]))
         slab = _dense_weight_grad(_channels(grad_output, rows), input, (len(rows), *grid.shape[1:]), geometry)
         return _widen(slab)
     return _tile_grads(grad_output, input, mask, geometry, channels_last)
@@ -140,6 +146,43 @@ def _dense_weight_grad(
     return cast(Tensor, grad)
 
 
+def _unfolded_weight_grad(
+    grad_output: Tensor, input: Tensor, rows: Tensor, kernel: tuple[int, ...], padding: Sequence[int]
+) -> Tensor:
+    """Gradient of some rows of a convolution of stride 1 as one matrix product.
+
+    dW[o, i, t] = sum over positions q of dY[o, q + padding - t] X[i, q]: the shifts are taken of the few rows of dY,
+    and X is read once, as it lies in memory if that is channels-last.
+    """
+    (height, width), (batch, channels, in_height, in_width) = kernel, input.shape
+    around = (width - 1 - padding[1], height - 1 - padding[0])
+    picked = grad_output.permute(0, 2, 3, 1).index_select(3, rows)
+    padded = F.pad(picked, (0, 0, around[0], around[0], around[1], around[1])).contiguous()
+    sample, line, column, one = padded.stride()
+    shifts = padded.as_strided(
+        (batch, in_height, in_width, height, width * len(rows)), (sample, line, column, line, one)
+    ).reshape(-1, height * width * len(rows))
+    grad = shifts.t() @ input.permute(0, 2, 3, 1).reshape(-1, channels)
+    return grad.view(height, width, len(rows), channels).flip(0, 1).permute(2, 3, 0, 1)
+
+
+def _unfolding_pays(
+    grad_output: Tensor,
+    rows: int,
+    grid: BlockGrid,
+    geometry: tuple[list[int], list[int], list[int], int],
+) -> bool:
+    """Whether few rows of a convolution are better one matrix product: oneDNN computes output channels by sixteens."""
+    stride, padding, dilation, _ = geometry
+    return (
+        len(grid.shape) == 4
+        and grad_output.device.type == "cpu"
+        and 0 < rows < UNFOLD_BELOW
+        and all(step == 1 for step in (*stride, *dilation))
+        and all(pad < size for pad, size in zip(padding, grid.shape[2:], strict=True))
+    )
+
+
 def _channels(tensor: Tensor, channels: Tensor) -> Tensor:
     """Some channels of (batch, channels, ...), in the memory layout of ``tensor``."""
     return _same_layout(tensor.index_select(1, channels), tensor)
@@ -149,6 +192,10 @@ def _same_layout(part: Tensor, like: Tensor) -> Tensor:
     if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
         return part.contiguous(memory_format=torch.channels_last)
     return part
+
+
+def _layout(compact_shape: Sequence[int], channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last and len(compact_shape) == 4 else torch.contiguous_format
 
 
 def _widen(grad: Tensor) -> Tensor:
@@ -176,7 +223,8 @@ def _reference(
 ) -> Tensor:
     grid = BlockGrid(tuple(shape), (view[0], view[1], view[2]), (block[0], block[1]))
     geometry = (stride, padding, dilation, groups)
-    return masked_weight_grad_reference(grad_output, input, active, grid, geometry, channels_last)
+    grad = masked_weight_grad_reference(grad_output, input, active, grid, geometry, channels_last)
+    return grad.contiguous(memory_format=_layout(compact_shape, channels_last))
 
 
 _OP = Op("masked_weight_grad", {"reference": Backend(_reference)})
@@ -198,7 +246,8 @@ def _run(*args: Any) -> Tensor:
 @torch.library.register_fake("pecker_fast::masked_weight_grad")
 def _fake(grad_output: Tensor, input: Tensor, active: Tensor, compact_shape: list[int], *rest: Any) -> Tensor:
     dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
-    return grad_output.new_empty(compact_shape, dtype=dtype)
+    layout = _layout(compact_shape, channels_last=rest[-2])
+    return torch.empty(compact_shape, dtype=dtype, device=grad_output.device, memory_format=layout)
 
 
 @register_flop_formula(torch.ops.pecker_fast.masked_weight_grad)

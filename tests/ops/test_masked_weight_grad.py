@@ -79,10 +79,13 @@ def test_only_active_blocks_are_counted_and_computed():
     assert counted.total == 2 * mask.numel * (2 * 8 * 8)  # 2 a multiply-add, one for each weight and output position
 
 
-def test_opcheck():
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_opcheck(channels_last, stride):
     mask = random_mask((8, 4, 3, 3), "row", 0.5)
+    size = 5 if stride == 1 else 3
     arguments = (
-        torch.randn(2, 8, 5, 5), torch.randn(2, 4, 5, 5), mask.active, [4, 4, 3, 3], [8, 4, 3, 3], [8, 4, 9], [1, 4],
-        [1, 1], [1, 1], [1, 1], 1, False, None,
+        torch.randn(2, 8, size, size), torch.randn(2, 4, 5, 5), mask.active, [4, 4, 3, 3], [8, 4, 3, 3], [8, 4, 9],
+        [1, 4], [stride, stride], [1, 1], [1, 1], 1, channels_last, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.pecker_fast.masked_weight_grad, arguments)
