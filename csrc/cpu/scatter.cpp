@@ -9,7 +9,8 @@ void scatter_cpu(const float* value, std::int64_t numel, const ScatterTable& tab
   if (table.num_runs == 0) return;
   const SpanKernels& kernels = selected_kernels();
   parallel_for(numel, threads, [&](std::int64_t begin, std::int64_t end) {
-    kernels.scatter(value, begin, end, find_run(table, begin, 0, table.num_runs - 1), table);
+    kernels.scatter[numel >= kStreamAbove](value, begin, end, find_run(table, begin, 0, table.num_runs - 1), table);
+    kernels.fence();
   });
 }
 

@@ -3,11 +3,17 @@
 // such a function for the whole module, and it might be the one built for the widest instruction set.
 #include "span_kernels.h"
 
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
 namespace pecker {
 namespace {
 
 // Runs shorter than this are copied in place: the call of memcpy would cost more than the copy.
 constexpr std::int64_t kShortRun = 16;
+// Runs from this on may be streamed: some whole cache lines, besides a broken one at each end.
+constexpr std::int64_t kStreamedRun = 64;
 
 template <bool kHasExpAvg, bool kHasEma>
 void update_arrays(const AdamwConstants c, std::int64_t n, const float* __restrict grad,
@@ -31,12 +37,43 @@ void update(const AdamwBuffers& b, const AdamwConstants& c, std::int64_t begin, 
                                      kHasEma ? b.ema + begin : nullptr);
 }
 
-template <typename Dense>
+template <bool kStream, typename Dense>
 void convert_span(const float* __restrict in, std::int64_t n, Dense* __restrict out) {
   for (std::int64_t i = 0; i < n; ++i) convert(in[i], out[i]);
 }
 
+#if defined(__SSE__)
+// Copies past the caches: a plain store first reads the line that it overwrites.
+void stream_span(const float* __restrict in, std::int64_t n, float* __restrict out) {
+#if defined(__AVX512F__)
+  constexpr std::int64_t kWide = 16;
+#elif defined(__AVX__)
+  constexpr std::int64_t kWide = 8;
+#else
+  constexpr std::int64_t kWide = 4;
+#endif
+  std::int64_t i = 0;
+#pragma GCC unroll 1
+  for (; reinterpret_cast<std::uintptr_t>(out + i) % (kWide * sizeof(float)) != 0; ++i) out[i] = in[i];
+  for (; i + kWide <= n; i += kWide) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(out + i, _mm512_loadu_ps(in + i));
+#elif defined(__AVX__)
+    _mm256_stream_ps(out + i, _mm256_loadu_ps(in + i));
+#else
+    _mm_stream_ps(out + i, _mm_loadu_ps(in + i));
+#endif
+  }
+#pragma GCC unroll 1
+  for (; i < n; ++i) out[i] = in[i];
+}
+#endif
+
+template <bool kStream>
 void convert_span(const float* __restrict in, std::int64_t n, float* __restrict out) {
+#if defined(__SSE__)
+  if (kStream && n >= kStreamedRun) return stream_span(in, n, out);
+#endif
   if (n >= kShortRun) {
     std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
     return;
@@ -47,7 +84,7 @@ void convert_span(const float* __restrict in, std::int64_t n, float* __restrict 
 
 // Scatters from `run` on for as long as the runs belong to the same parameter and start before `end`; returns
 // the first run that does not.
-template <typename Dense>
+template <bool kStream, typename Dense>
 std::int64_t scatter_parameter(const float* value, std::int64_t begin, std::int64_t end, std::int64_t run,
                                const ScatterTable& table) {
   const std::int32_t parameter = table.run_parameter[run];
@@ -60,12 +97,13 @@ std::int64_t scatter_parameter(const float* value, std::int64_t begin, std::int6
     if (to - from == 1) {
       convert(value[from], *out);  // element masks: no loop around a single weight
     } else {
-      convert_span(value + from, to - from, out);
+      convert_span<kStream>(value + from, to - from, out);
     }
   }
   return run;
 }
 
+template <bool kStream>
 std::int64_t scatter(const float* value, std::int64_t begin, std::int64_t end, std::int64_t run,
                      const ScatterTable& table) {
   while (run < table.num_runs && table.run_flat_offset[run] < end) {
@@ -76,16 +114,16 @@ std::int64_t scatter(const float* value, std::int64_t begin, std::int64_t end, s
     }
     switch (table.dense_dtypes[parameter]) {
       case kFloat32:
-        run = scatter_parameter<float>(value, begin, end, run, table);
+        run = scatter_parameter<kStream, float>(value, begin, end, run, table);
         break;
       case kBfloat16:
-        run = scatter_parameter<Bfloat16>(value, begin, end, run, table);
+        run = scatter_parameter<kStream, Bfloat16>(value, begin, end, run, table);
         break;
       case kFloat16:
-        run = scatter_parameter<Float16>(value, begin, end, run, table);
+        run = scatter_parameter<kStream, Float16>(value, begin, end, run, table);
         break;
       default:
-        run = scatter_parameter<double>(value, begin, end, run, table);
+        run = scatter_parameter<kStream, double>(value, begin, end, run, table);
         break;
     }
   }
@@ -93,11 +131,19 @@ std::int64_t scatter(const float* value, std::int64_t begin, std::int64_t end, s
   return cut ? run - 1 : run;
 }
 
+// Streamed stores become visible to other threads in their order again.
+void fence() {
+#if defined(__SSE__)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace
 
 const SpanKernels PECKER_ISA::kernels = {
     {{update<false, false>, update<false, true>}, {update<true, false>, update<true, true>}},
-    scatter,
+    {scatter<false>, scatter<true>},
+    fence,
 };
 
 }  // namespace pecker

@@ -9,13 +9,18 @@
 
 namespace pecker {
 
+// Active weights above which the dense ones are written past the caches, which could not keep them anyway.
+constexpr std::int64_t kStreamAbove = 4 << 20;
+
 struct SpanKernels {
   // AdamW, indexed [has exp_avg][has ema].
   void (*update[2][2])(const AdamwBuffers& buffers, const AdamwConstants& constants, std::int64_t begin,
                        std::int64_t end);
   // Scatters the span, whose first element lies in `run`; returns the run of element `end`.
-  std::int64_t (*scatter)(const float* value, std::int64_t begin, std::int64_t end, std::int64_t run,
-                          const ScatterTable& table);
+  // Indexed [past the caches]: for more than they hold, when nobody reads the weights soon; then fence() too.
+  std::int64_t (*scatter[2])(const float* value, std::int64_t begin, std::int64_t end, std::int64_t run,
+                             const ScatterTable& table);
+  void (*fence)();
 };
 
 namespace avx512 {
