@@ -96,7 +96,7 @@ class BlockGrid:
         out, in_, taps = self.view
         (block_out, block_in), (rows, columns) = self.block, self.size
         if block_out == 1 and block_in in (1, in_):  # rows, vectors and elements need no padding
-            return values.reshape(rows * columns, -1).sum(1)
+            return values.reshape(rows * columns, self.numel // max(rows * columns, 1)).sum(1)
         pad = (0, 0, 0, columns * block_in - in_, 0, rows * block_out - out)
         padded = torch.nn.functional.pad(values.reshape(out, in_, taps), pad)
         return padded.reshape(rows, block_out, columns, block_in * taps).sum((1, 3)).flatten()
