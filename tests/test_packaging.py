@@ -64,9 +64,11 @@ def test_cuda_is_chosen_by_nvcc_and_the_environment(setup_arguments, monkeypatch
 
 
 def test_kernels_folder_is_not_mistaken_for_another_package():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels"
+    # transformers asks for a version, and takes a package without one for absent.
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import kernels; assert not hasattr(kernels, '__version__')"
+    code += "; print('imported'); from kernels import get_kernel"
     result = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
-    assert result.returncode == 1
+    assert result.returncode == 1 and result.stdout == "imported\n"
     assert "ImportError: This folder is pecker_fast.kernels" in result.stderr
 
 
