@@ -75,6 +75,7 @@ class ActiveParameters:
         for name, parameter in parameters.items():
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in self._adopted)
+                parameter.grad = None  # an optimizer would apply it, frozen or not
         # Masters are float32, but those of a float64 model must not lose digits.
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
         for layer in layers:
@@ -88,12 +89,14 @@ class ActiveParameters:
 
     def _uninstall(self) -> None:
         """The other way: ordinary layers with dense weights of their own."""
-        for entry in self._entries:
+        for entry, parameter in self._entries_parameters():
             dense = self._dense(entry)
             if _same_place(dense, self._view(self.values, entry)):
                 dense.data = dense.data.clone()  # its own memory again; strides are kept
             if entry.adopted:
                 dense.grad = None
+            else:
+                step_hooks.abandon(entry.name, parameter)
         for module_name in self._swapped:
             unmask_layer(self.model.get_submodule(module_name))
 
@@ -128,6 +131,10 @@ class ActiveParameters:
         """The active parameters, for any optimizer."""
         return [parameter for _, parameter in self._entries_parameters()]
 
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """The dense weights that they belong to, frozen for autograd."""
+        return [self._dense(entry) for entry in self._entries]
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name of the dense weight and its active parameter."""
         for entry, parameter in self._entries_parameters():
@@ -154,7 +161,10 @@ class ActiveParameters:
     def _all_views(self) -> list[tuple[Tensor, Tensor]]:
         """Every parameter's stretch of the values and of the gradients, made once for as long as the buffers stay."""
         if not self._views:
-            self._views = [(self._view(self.values, entry), self._view(self.grads, entry)) for entry in self._entries]
+            self._views = [
+                (_with_own_storage(self._view(self.values, entry)), self._view(self.grads, entry))
+                for entry in self._entries
+            ]
         return self._views
 
     # -- views -------------------------------------------------------------------------------------
@@ -374,6 +384,14 @@ class ActiveParameters:
 
 def _join(module: str, own: str) -> str:
     return f"{module}.{own}" if module else own
+
+
+def _with_own_storage(view: Tensor) -> Tensor:
+    """The same memory under a storage of its own.
+
+    Accelerate takes weights that share a storage for tied ones, and leaves all but one out of its checkpoints.
+    """
+    return torch.from_dlpack(view) if view.numel() else view
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:
