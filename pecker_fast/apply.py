@@ -21,7 +21,8 @@ def apply_mask(
     """Train only the active blocks of ``model``, in place: two changed lines in anybody's loop.
 
     Every maskable layer with active blocks keeps its object, its hooks and its dense weight, and gets one parameter
-    with the active weights; everything else is frozen. Weights outside the mask are never written again.
+    with the active weights; everything else is frozen. Weights outside the mask are never written again. Gradients
+    that weights already have are dropped.
 
     Args:
         model: The model; its ``requires_grad`` flags come back with ``remove()``.

@@ -6,18 +6,29 @@ One process-wide pair of hooks serves all stores. It holds them weakly, and cost
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Store(Protocol):
     """What the hooks ask of ``ActiveParameters``."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the dense weights with active blocks."""
+        ...
+
     def parameters(self) -> list[nn.Parameter]:
         """The active parameters."""
+        ...
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """The dense weights that they belong to."""
         ...
 
     def check_gradients(self) -> None:
@@ -30,6 +41,7 @@ class Store(Protocol):
 
 
 _stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_abandoned = WeakTensorKeyDictionary()  # active parameters that no model has any more -> name of their dense weight
 
 
 def watch(store: Store) -> None:
@@ -42,21 +54,81 @@ def forget(store: Store) -> None:
     _stores.discard(store)
 
 
+def abandon(name: str, parameter: nn.Parameter) -> None:
+    """From now on refuse the step of an optimizer that holds ``parameter``: no model would notice."""
+    _abandoned[parameter] = name
+
+
 def watched() -> list[Store]:
     """The stores that are served now."""
     return list(_stores)
 
 
+def _held(optimizer: torch.optim.Optimizer) -> dict[int, nn.Parameter]:
+    return {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+
+
 def _stores_of(optimizer: torch.optim.Optimizer) -> list[Store]:
     if not _stores or getattr(optimizer, "scatters_itself", False):
         return []
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    held = _held(optimizer)
     return [store for store in _stores if any(id(parameter) in held for parameter in store.parameters())]
 
 
-def _before_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for store in _stores_of(optimizer):
+def _refuse_wrong_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Two mistakes that would go unnoticed, because parameters without a gradient are passed over."""
+    held = _held(optimizer)
+    kind = type(optimizer).__name__
+    gone = [_abandoned[parameter] for parameter in held.values() if parameter in _abandoned] if _abandoned else []
+    if gone:
+        raise RuntimeError(
+            f"{kind} holds active parameters of a mask that was removed: {', '.join(gone[:3])}. Its step would change "
+            f"nothing in the model; make a new optimizer on active.parameters(), or model.parameters() without a mask"
+        )
+    for store in _stores:
+        triples = zip(store.names, store.dense_parameters(), store.parameters(), strict=True)
+        missing = [name for name, dense, active in triples if id(dense) in held and id(active) not in held]
+        if missing:
+            raise RuntimeError(
+                f"{kind} holds {len(missing)} dense weights of a masked model without their active parameters: "
+                f"{', '.join(missing[:3])}. They are frozen, so its step would change nothing there; make the "
+                f"optimizer after apply_mask(model, mask), on active.parameters()"
+            )
+
+
+def _before_any_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if not (_stores or _abandoned):
+        return None
+    _refuse_wrong_parameters(optimizer)
+    stores = _stores_of(optimizer)
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if stores and callable(closure):
+        following = _with_dense_weights_following(closure, stores)
+        if "closure" in kwargs:
+            return args, kwargs | {"closure": following}
+        return (args[0], following, *args[2:]), kwargs
+    for store in stores:
         store.check_gradients()
+    return None
+
+
+def _with_dense_weights_following(closure: Callable[[], Any], stores: list[Store]) -> Callable[[], Any]:
+    """The closure for an optimizer that moves weights between its evaluations, as LBFGS does."""
+    evaluated = False
+
+    def evaluate() -> Any:
+        nonlocal evaluated
+        for store in stores if evaluated else []:
+            store.scatter_()
+        evaluated = True
+        loss = closure()
+        for store in stores:
+            store.check_gradients()
+        return loss
+
+    return evaluate
 
 
 def _after_any_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
