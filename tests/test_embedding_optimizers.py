@@ -1,4 +1,4 @@
-"""Any optimizer on the active parameters: off-mask weights keep their bits, active ones move, wrong ones are refused."""
+"""Any optimizer on the active parameters: off-mask weights keep their bits; optimizers on wrong ones are refused."""
 
 import copy
 import gc
