@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from pecker_fast import step_hooks
+from pecker_fast import distributed, step_hooks
 from pecker_fast.layers import SUFFIX, mask_layer, unmask_layer
 from pecker_fast.layout import Entry, lay_out
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import Survey
 from pecker_fast.scatter import ScatterTable, Target
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ATTRIBUTE = "_pecker_active"
 """Where a masked model keeps its store, so that copies of the model get their own."""
@@ -34,6 +37,7 @@ class ActiveParameters:
         values: Active weights, float32 (numel,); float64 for a model of float64.
         grads: Their gradients, same shape.
         ema: Running average of the weights, or None; an optimizer with ``ema_decay`` keeps it.
+        ema_shard: Which part of the running average ``ema`` is, where the optimizer's state is sharded.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class ActiveParameters:
         self.model = model
         self.found = found
         self.ema: Tensor | None = None
+        self.ema_shard: distributed.Shard | None = None
+        self._agreed: tuple[BlockMask, object] | None = None
         self._adopted = frozenset(adopted)
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._trained: set[str] = set()
@@ -256,6 +262,50 @@ class ActiveParameters:
                 f"not called, or the model reads them without calling their module; leave those out of the mask"
             )
 
+    @torch.no_grad()
+    def all_reduce_(self, group: ProcessGroup | None = None) -> None:
+        """Average the gradients over the processes of ``group``, with one all-reduce: what DDP does, without DDP.
+
+        Every rank calls it after its last backward and before it clips or steps; all of them must have started from the
+        same weights and the same mask. An active weight without a gradient on this rank counts as zeros.
+
+        Args:
+            group: The processes; None is all of them.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised, or the masks differ; on every rank.
+        """
+        group = distributed.group_or_default(group)
+        self.check_same_mask(group)
+        self.bind_()
+        for _, parameter, grad in self._with_gradient_views():
+            if parameter.grad is None:
+                grad.zero_()
+        distributed.all_reduce_mean_(self.grads, group)
+        for name, parameter, grad in self._with_gradient_views():
+            # Where no rank ever had a gradient it stays None, for check_gradients() to refuse.
+            if parameter.grad is None and (name in self._trained or bool(grad.any())):
+                parameter.grad = grad
+
+    def _with_gradient_views(self) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+        for (entry, parameter), (_, grad) in zip(self._entries_parameters(), self._all_views(), strict=True):
+            yield entry.name, parameter, grad
+
+    def check_same_mask(self, group: ProcessGroup | None = None) -> None:
+        """Compare the masks of all processes of ``group``; asks the others once for each mask, so all must call it.
+
+        ``DistributedDataParallel`` compares shapes only: call this before you wrap a masked model in it.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised, or the masks differ; on every rank.
+        """
+        group = distributed.group_or_default(group)
+        if self._agreed is None or self._agreed[0] is not self.mask or self._agreed[1] is not group:
+            layout = ((entry.name, entry.mask, entry.channels_last) for entry in self._entries)
+            own = distributed.fingerprint(self.values.dtype, layout)
+            distributed.check_agreement(own, self.values.device, group)
+            self._agreed = (self.mask, group)
+
     def requires_grad_(self, requires_grad: bool = True) -> None:
         """Switch gradients of the active parameters on or off, as ``nn.Module.requires_grad_`` does."""
         for _, parameter in self._entries_parameters():
@@ -282,20 +332,26 @@ class ActiveParameters:
     def ema_weights(self) -> Iterator[nn.Module]:
         """Within the block the model has its running-average weights; afterwards its trained ones again.
 
+        Where the optimizer's state is sharded, every rank must enter the block: the parts are gathered.
+
         Raises:
             RuntimeError: No running average is kept.
         """
-        if self.ema is None:
-            raise RuntimeError("no running average is kept; make MaskedAdamW with ema_decay, and step once")
+        average = self._whole_ema()
         self.bind_()
         trained = self.values.clone()
         try:
-            self.values.copy_(self.ema)
+            self.values.copy_(average)
             self.scatter_()
             yield self.model
         finally:
             self.values.copy_(trained)
             self.scatter_()
+
+    def _whole_ema(self) -> Tensor:
+        if self.ema is None:
+            raise RuntimeError("no running average is kept; make MaskedAdamW with ema_decay, and step once")
+        return self.ema if self.ema_shard is None else self.ema_shard.gather(self.ema)
 
     # -- the end -----------------------------------------------------------------------------------
 
@@ -335,9 +391,7 @@ class ActiveParameters:
         self.check()
         self.bind_()
         if ema:
-            if self.ema is None:
-                raise RuntimeError("no running average is kept; make MaskedAdamW with ema_decay, and step once")
-            self.values.copy_(self.ema)
+            self.values.copy_(self._whole_ema())
             self.scatter_()
         self._uninstall()
         for name, parameter in self.model.named_parameters():
@@ -375,7 +429,7 @@ class ActiveParameters:
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses and modules of the model that this is a copy of would outlive it.
-        return self.__dict__ | {"_table": None, "_table_key": (), "_owners": {}, "_views": []}
+        return self.__dict__ | {"_table": None, "_table_key": (), "_owners": {}, "_views": [], "_agreed": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from pecker_fast.active import ActiveParameters
+from pecker_fast.distributed import RANK, WORLD_SIZE, Shard, check_shard, group_or_default
 from pecker_fast.ops.masked_adamw import masked_adamw_
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -31,10 +35,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         clip_value: Gradients are clipped to this magnitude, element by element; None does not clip.
         ema_decay: Keep a running average ``ema += (1 - ema_decay) * (value - ema)``; see ``active.ema_weights()``.
         backend: Name of a backend, or None for the best one.
+        shard_group: Keep on every rank of these processes only its share of the state (ZeRO stage 1, arXiv 1910.02054):
+            a step updates that share and gathers the new weights, with the weights and bits of a step that is not
+            sharded. The gradients must be averaged already, by DDP or ``active.all_reduce_()``. None does not shard.
 
     Raises:
         ValueError: A number is out of range.
         TypeError: ``active`` is not a store.
+        RuntimeError: The ranks of ``shard_group`` have different masks; on every rank.
     """
 
     scatters_itself = True
@@ -50,6 +58,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         clip_value: float | None = None,
         ema_decay: float | None = None,
         backend: str | None = None,
+        shard_group: ProcessGroup | None = None,
     ) -> None:
         if not isinstance(active, ActiveParameters):
             raise TypeError(
@@ -64,6 +73,10 @@ class MaskedAdamW(torch.optim.Optimizer):
                 raise ValueError(f"MaskedAdamW: {name}: expected a number in [0, 1), got {decay}")
         self.active = active
         self.backend = backend
+        self.shard: Shard | None = None
+        if shard_group is not None:
+            active.check_same_mask(shard_group)
+            self.shard = Shard.of(active.numel, group_or_default(shard_group))
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -94,23 +107,27 @@ class MaskedAdamW(torch.optim.Optimizer):
         state = self._state()
         state["step"] += 1
         clip_value, ema_decay = group["clip_value"], group["ema_decay"]
-        masked_adamw_(
-            active.values,
-            active.grads,
-            state.get("exp_avg"),
-            state["exp_avg_sq"],
-            step=state["step"],
-            lr=float(group["lr"]),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            clip_value=math.inf if clip_value is None else clip_value,
-            ema=active.ema,
-            ema_decay=ema_decay or 0.0,
-            scatter=active.scatter_table(),
-            backend=self.backend,
-        )
+        for there, here in [(slice(None), slice(None))] if self.shard is None else self.shard.stretches:
+            masked_adamw_(
+                active.values[there],
+                active.grads[there],
+                _cut(state.get("exp_avg"), here),
+                state["exp_avg_sq"][here],
+                step=state["step"],
+                lr=float(group["lr"]),
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                clip_value=math.inf if clip_value is None else clip_value,
+                ema=_cut(active.ema, here),
+                ema_decay=ema_decay or 0.0,
+                scatter=active.scatter_table() if self.shard is None else None,
+                backend=self.backend,
+            )
+        if self.shard is not None:
+            self.shard.gather_(active.values)
+            active.scatter_table().scatter_(active.values)
         active.bump_versions()
         return loss
 
@@ -119,16 +136,19 @@ class MaskedAdamW(torch.optim.Optimizer):
         state = cast(dict[str, Any], self.state[self.param_groups[0]["params"][0]])
         group, values = self.param_groups[0], self.active.values
         if not state:
+            own = values if self.shard is None else self.shard.part_of(values)
             state["step"] = 0
+            if self.shard is not None:
+                state |= {RANK: self.shard.rank, WORLD_SIZE: self.shard.world_size}
             if group["betas"][0]:
-                state["exp_avg"] = torch.zeros_like(values)
-            state["exp_avg_sq"] = torch.zeros_like(values)
+                state["exp_avg"] = torch.zeros_like(own)
+            state["exp_avg_sq"] = torch.zeros_like(own)
             if group["ema_decay"] is not None:
-                state["ema"] = values.clone()
+                state["ema"] = own.clone()
         for name, buffer in state.items():
             if isinstance(buffer, Tensor) and buffer.device != values.device:
                 state[name] = buffer.to(values.device)  # the model moved after the first step
-        self.active.ema = state.get("ema")
+        self.active.ema, self.active.ema_shard = state.get("ema"), self.shard
         return state
 
     def follow_mask(self, carried: Callable[[str, Tensor], Tensor]) -> None:
@@ -149,14 +169,20 @@ class MaskedAdamW(torch.optim.Optimizer):
         """Continue from a saved state.
 
         Raises:
-            ValueError: It belongs to a mask with another number of active weights.
+            ValueError: It belongs to a mask with another number of active weights, or to another shard.
         """
+        numel = self.active.numel if self.shard is None else self.shard.part_numel
         for saved in state_dict["state"].values():
-            if len(saved["exp_avg_sq"]) != self.active.numel:
+            check_shard(saved, self.shard)
+            if len(saved["exp_avg_sq"]) != numel:
                 raise ValueError(
                     f"MaskedAdamW: the state is for {len(saved['exp_avg_sq'])} active weights, this mask has "
-                    f"{self.active.numel}; load the mask it was saved with"
+                    f"{numel}; load the mask it was saved with"
                 )
         super().load_state_dict(state_dict)
         if state_dict["state"]:
             self._state()
+
+
+def _cut(buffer: Tensor | None, stretch: slice) -> Tensor | None:
+    return None if buffer is None else buffer[stretch]

@@ -11,7 +11,7 @@ PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels"],
     ["checkpoint", "blocks", "data"],
-    ["config", "scatter", "schedule"],
+    ["config", "distributed", "scatter", "schedule"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores"],
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws"],
     ["mask", "layers", "score_model", "pretrain", "report_page"],
