@@ -73,7 +73,7 @@ class Shard:
         """Fill in what the other ranks have, in place, with one all-gather; every rank must call it."""
         first, end = self.rank * self.share, self.world_size * self.share
         if self.share:
-            dist.all_gather_into_tensor(flat[:end], flat[first : first + self.share], group=self.group)
+            _all_gather(flat[:end], flat[first : first + self.share], self.group)
 
     def gather(self, part: Tensor) -> Tensor:
         """The buffer (numel,) of which every rank has its ``part``; every rank must call it."""
@@ -125,7 +125,7 @@ def check_agreement(own: bytes, device: torch.device, group: dist.ProcessGroup) 
     """
     mine = torch.tensor(list(own), dtype=torch.uint8, device=device)
     rows = mine.new_empty(dist.get_world_size(group) * len(own))
-    dist.all_gather_into_tensor(rows, mine, group=group)
+    _all_gather(rows, mine, group)
     theirs = rows.view(-1, len(own))
     others = [rank for rank, row in enumerate(theirs) if not torch.equal(row, theirs[0])]
     if others:
@@ -148,6 +148,12 @@ def check_shard(state: Mapping[str, Any], shard: Shard | None) -> None:
             f"MaskedAdamW: the state is {_describe(*saved)}, this optimizer has {_describe(*expected)}; every rank "
             f"loads what it saved, with as many ranks as then"
         )
+
+
+def _all_gather(output: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    # torch 2.13 calls the older name deprecated; 2.11 knows no other.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, own, group=group)
 
 
 def _describe(rank: int | None, world_size: int | None) -> str:

@@ -74,7 +74,7 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
         if optimizer is not None:
             raise ValueError(
                 "MaskCallback: the Trainer was given an optimizer, made before the mask; leave optimizers= out, or "
-                "call apply_mask(model, mask) yourself, make the optimizer on active.parameters(), and drop this callback"
+                "drop the callback, call apply_mask(model, mask), and make the optimizer on active.parameters()"
             )
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise ValueError("MaskCallback: masked models do not work with FSDP or DeepSpeed; use DDP (torchrun alone)")

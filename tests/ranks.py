@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from models import conv_net
 from torch import nn
 
-from pecker_fast import BlockMask, MaskedAdamW, apply_mask
+from pecker_fast import ActiveParameters, BlockMask, MaskedAdamW, apply_mask
 
 WORLD_SIZE, STEPS = 2, 4
 MASKS = {"row": (0.3, "row"), "odd": (1001 / 13050, "element"), "tile": (0.4, (8, 8))}
@@ -90,6 +91,7 @@ def sharded(rank, folder, mask, settings):
             active.check()
             result["ema"] = active.values.clone()
         result["after"] = active.values.clone()
+        assert torch.equal(ActiveParameters.of(copy.deepcopy(model)).values, active.values)
     return result
 
 
