@@ -137,14 +137,17 @@ class ActiveParameters:
         """The active parameters, for any optimizer."""
         return [parameter for _, parameter in self._entries_parameters()]
 
-    def dense_parameters(self) -> list[nn.Parameter]:
-        """The dense weights that they belong to, frozen for autograd."""
-        return [self._dense(entry) for entry in self._entries]
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name of the dense weight and its active parameter."""
         for entry, parameter in self._entries_parameters():
             yield entry.name, parameter
+
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Name of the dense weight, the dense weight, and its active parameter."""
+        for entry in self._entries:
+            held = self._module(entry)._parameters
+            dense = held[entry.own]
+            yield entry.name, cast(nn.Parameter, dense), cast(nn.Parameter, held.get(entry.own + SUFFIX, dense))
 
     def _entries_parameters(self) -> Iterator[tuple[Entry, nn.Parameter]]:
         for entry in self._entries:

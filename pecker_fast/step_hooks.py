@@ -6,7 +6,7 @@ One process-wide pair of hooks serves all stores. It holds them weakly, and cost
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -18,17 +18,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class Store(Protocol):
     """What the hooks ask of ``ActiveParameters``."""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the dense weights with active blocks."""
-        ...
-
     def parameters(self) -> list[nn.Parameter]:
         """The active parameters."""
         ...
 
-    def dense_parameters(self) -> list[nn.Parameter]:
-        """The dense weights that they belong to."""
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Name, dense weight and active parameter."""
         ...
 
     def check_gradients(self) -> None:
@@ -75,34 +70,46 @@ def _stores_of(optimizer: torch.optim.Optimizer) -> list[Store]:
     return [store for store in _stores if any(id(parameter) in held for parameter in store.parameters())]
 
 
-def _refuse_wrong_parameters(optimizer: torch.optim.Optimizer) -> None:
-    """Two mistakes that would go unnoticed, because parameters without a gradient are passed over."""
-    held = _held(optimizer)
-    kind = type(optimizer).__name__
-    gone = [_abandoned[parameter] for parameter in held.values() if parameter in _abandoned] if _abandoned else []
+def _refuse_abandoned(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer from before ``active.remove()`` would go on, and no model would change."""
+    gone = [_abandoned[parameter] for parameter in _held(optimizer).values() if parameter in _abandoned]
     if gone:
         raise RuntimeError(
-            f"{kind} holds active parameters of a mask that was removed: {', '.join(gone[:3])}. Its step would change "
-            f"nothing in the model; make a new optimizer on active.parameters(), or model.parameters() without a mask"
+            f"{type(optimizer).__name__} holds active parameters of a mask that was removed: {', '.join(gone[:3])}. "
+            f"Its step would change nothing in the model; make a new optimizer on active.parameters(), or on "
+            f"model.parameters() where there is no mask"
         )
+
+
+def _stores_to_serve(optimizer: torch.optim.Optimizer) -> list[Store]:
+    """Stores whose parameters it holds. One from before ``apply_mask`` holds frozen weights, and would pass over them."""
+    held, stores = _held(optimizer), []
     for store in _stores:
-        triples = zip(store.names, store.dense_parameters(), store.parameters(), strict=True)
-        missing = [name for name, dense, active in triples if id(dense) in held and id(active) not in held]
-        if missing:
+        alone, any_active = [], False
+        for name, dense, active in store.pairs():
+            if id(active) in held:
+                any_active = True
+            elif id(dense) in held:
+                alone.append(name)
+        if alone:
             raise RuntimeError(
-                f"{kind} holds {len(missing)} dense weights of a masked model without their active parameters: "
-                f"{', '.join(missing[:3])}. They are frozen, so its step would change nothing there; make the "
-                f"optimizer after apply_mask(model, mask), on active.parameters()"
+                f"{type(optimizer).__name__} holds {len(alone)} dense weights of a masked model without their active "
+                f"parameters: {', '.join(alone[:3])}. They are frozen, so its step would change nothing there; make "
+                f"the optimizer after apply_mask(model, mask), on active.parameters()"
             )
+        if any_active:
+            stores.append(store)
+    return stores
 
 
 def _before_any_step(
     optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if not (_stores or _abandoned):
+    if _abandoned:
+        _refuse_abandoned(optimizer)
+    if not _stores or getattr(optimizer, "scatters_itself", False):
         return None
-    _refuse_wrong_parameters(optimizer)
-    stores = _stores_of(optimizer)
+    stores = _stores_to_serve(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if stores and callable(closure):
         following = _with_dense_weights_following(closure, stores)
