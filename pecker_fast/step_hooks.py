@@ -82,7 +82,7 @@ def _refuse_abandoned(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _stores_to_serve(optimizer: torch.optim.Optimizer) -> list[Store]:
-    """Stores whose parameters it holds. One from before ``apply_mask`` holds frozen weights, and would pass over them."""
+    """Stores whose parameters it holds; refuses one from before ``apply_mask``: it would pass over frozen weights."""
     held, stores = _held(optimizer), []
     for store in _stores:
         alone, any_active = [], False
