@@ -39,9 +39,7 @@ def random_rows(network: nn.Module, where: str) -> BlockMask:
         return BlockMask.random(network, DENSITY, "row")
     every_row = BlockMask.dense(network).parameters
     nothing = torch.zeros(0, dtype=torch.int64)
-    frozen = {
-        name: ParameterMask(p.grid, nothing) if name.startswith(DECODER) else p for name, p in every_row.items()
-    }
+    frozen = {name: ParameterMask(p.grid, nothing) if name.startswith(DECODER) else p for name, p in every_row.items()}
     total = sum(parameter.numel() for parameter in network.parameters())
     return BlockMask.random(network, DENSITY, "row", exclude=[BlockMask(frozen, total, 1.0)])
 

@@ -13,14 +13,11 @@ from pecker_fast import distributed, step_hooks
 from pecker_fast.layers import SUFFIX, mask_layer, unmask_layer
 from pecker_fast.layout import Entry, lay_out
 from pecker_fast.mask import BlockMask
-from pecker_fast.maskable import Survey
+from pecker_fast.maskable import STORE, Survey
 from pecker_fast.scatter import ScatterTable, Target
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-ATTRIBUTE = "_pecker_active"
-"""Where a masked model keeps its store, so that copies of the model get their own."""
 
 
 class ActiveParameters:
@@ -66,7 +63,7 @@ class ActiveParameters:
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._trained: set[str] = set()
         self._install(mask, layers)
-        model.__dict__[ATTRIBUTE] = self
+        model.__dict__[STORE] = self
         step_hooks.watch(self)
 
     def _install(self, mask: BlockMask, layers: Sequence[str]) -> None:
@@ -113,7 +110,7 @@ class ActiveParameters:
         Raises:
             ValueError: The model is not masked.
         """
-        store = model.__dict__.get(ATTRIBUTE)
+        store = model.__dict__.get(STORE)
         if store is None:
             raise ValueError(f"{type(model).__name__} is not masked; call apply_mask(model, mask) first")
         return cast(ActiveParameters, store)
@@ -399,7 +396,7 @@ class ActiveParameters:
         self._uninstall()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._required_grad[name])
-        del self.model.__dict__[ATTRIBUTE]
+        del self.model.__dict__[STORE]
         step_hooks.forget(self)
         return self.model
 

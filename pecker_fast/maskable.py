@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -22,6 +23,10 @@ MASKABLE_TYPES: tuple[type[nn.Module], ...] = (
     nn.BatchNorm3d,
 )
 """Modules whose forward ``layers.py`` knows; exactly these, because a subclass may use its weights in another way."""
+
+
+STORE = "_pecker_active"
+"""Where a masked model keeps its store (``ActiveParameters``), so that copies of the model get their own."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,13 @@ class Survey:
 
 
 def survey(model: nn.Module) -> Survey:
-    """Look at every weight of ``model``; nothing is changed.
+    """Look at every weight of ``model``; nothing is changed. Of a masked model: what it was before.
 
     Raises:
         ValueError: The model has no maskable weight.
     """
+    if STORE in vars(model):
+        return cast(Survey, vars(model)[STORE].found)
     uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     maskable: dict[str, tuple[int, ...]] = {}
     refused: dict[str, str] = {}

@@ -154,16 +154,22 @@ class MaskedAdamW(torch.optim.Optimizer):
     def follow_mask(self, carried: Callable[[str, Tensor], Tensor]) -> None:
         """After a change of the mask: take the new parameters and lay the state out anew, as ``change_mask`` does.
 
+        With state in shards every rank must call it.
+
         Args:
             carried: (name of a flat buffer of the state, buffer) -> the same for the new mask.
         """
-        group = self.param_groups[0]
+        group, old = self.param_groups[0], self.shard
+        new = None if old is None else Shard.of(self.active.numel, old.group)
         state = self.state.pop(group["params"][0], {})
-        group["params"] = self.active.parameters()
+        for name, buffer in state.items():
+            if isinstance(buffer, Tensor):
+                moved = carried(name, buffer if old is None else old.gather(buffer))
+                state[name] = moved if new is None else new.part_of(moved)
+        group["params"], self.shard = self.active.parameters(), new
         if state:
-            moved = {name: carried(name, b) if isinstance(b, Tensor) else b for name, b in state.items()}
-            self.state[group["params"][0]] = moved
-        self.active.ema = cast(dict[str, Any], self.state[group["params"][0]]).get("ema")
+            self.state[group["params"][0]] = state
+            self._state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pecker_fast.blocks import Block, BlockGrid, ParameterMask
 from pecker_fast.config import AccumulateKind
 from pecker_fast.errors import NonFiniteError
-from pecker_fast.maskable import survey
+from pecker_fast.maskable import STORE, survey
 from pecker_fast.ops.accumulate_saliency import accumulate_saliency_
 
 
@@ -102,9 +102,12 @@ def compute_saliency(
         Name -> float32 saliency >= 0 of the weight's shape, on the weight's device.
 
     Raises:
-        ValueError: No batches, a loss that is not a scalar, an unknown ``accumulate``, or no maskable weight.
+        ValueError: No batches, a loss that is not a scalar, an unknown ``accumulate``, no maskable weight, or a model
+            that is masked.
         NonFiniteError: The loss of a batch is NaN or infinite.
     """
+    if STORE in vars(model):
+        raise ValueError("compute_saliency: the model is masked; remove the mask first, or use score_blocks")
     found = survey(model)
     weights = {name: parameter for name, parameter in model.named_parameters() if name in found.maskable}
     totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}

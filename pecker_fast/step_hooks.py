@@ -75,9 +75,9 @@ def _refuse_abandoned(optimizer: torch.optim.Optimizer) -> None:
     gone = [_abandoned[parameter] for parameter in _held(optimizer).values() if parameter in _abandoned]
     if gone:
         raise RuntimeError(
-            f"{type(optimizer).__name__} holds active parameters of a mask that was removed: {', '.join(gone[:3])}. "
-            f"Its step would change nothing in the model; make a new optimizer on active.parameters(), or on "
-            f"model.parameters() where there is no mask"
+            f"{type(optimizer).__name__} holds active parameters of a mask that was removed or replaced: "
+            f"{', '.join(gone[:3])}. Its step would change nothing in the model; make a new optimizer on "
+            f"active.parameters() (model.parameters() where there is no mask), or give it to change_mask"
         )
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from models import conv_net
 from torch import nn
 
-from pecker_fast import ActiveParameters, BlockMask, MaskedAdamW, apply_mask
+from pecker_fast import ActiveParameters, BlockMask, MaskedAdamW, apply_mask, change_mask
 
 WORLD_SIZE, STEPS = 2, 4
 MASKS = {"row": (0.3, "row"), "odd": (1001 / 13050, "element"), "tile": (0.4, (8, 8))}
@@ -93,6 +93,14 @@ def sharded(rank, folder, mask, settings):
         result["after"] = active.values.clone()
         assert torch.equal(ActiveParameters.of(copy.deepcopy(model)).values, active.values)
     return result
+
+
+def refreshed(rank, folder):
+    model, active = masked("row")
+    optimizer = MaskedAdamW(active, lr=0.01, shard_group=dist.group.WORLD, **SETTINGS["ema"])
+    together(rank, optimizer, active, model, range(2))
+    change_mask(active, BlockMask.random(model, 0.2, "row", seed=5), optimizer)
+    return together(rank, optimizer, active, model, range(2, STEPS))
 
 
 def resumed(rank, folder):
@@ -177,7 +185,8 @@ def main(rank: int, folder: Path) -> None:
         world_size=WORLD_SIZE,
         timeout=datetime.timedelta(seconds=60),
     )
-    results = {s.__name__: s(rank, folder) for s in (all_reduce, one_all_reduce, ddp, resumed, other_masks, branches)}
+    scenes = (all_reduce, one_all_reduce, ddp, resumed, refreshed, other_masks, branches)
+    results = {scene.__name__: scene(rank, folder) for scene in scenes}
     for mask in MASKS:
         for settings in SETTINGS:
             results[f"sharded {mask} {settings}"] = sharded(rank, folder, mask, settings)

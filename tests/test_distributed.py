@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 
-from pecker_fast import MaskedAdamW
+from pecker_fast import BlockMask, MaskedAdamW, change_mask
 from pecker_fast.distributed import Shard, check_shard
 
 needs_gloo = pytest.mark.skipif(
@@ -40,12 +40,14 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"result{rank}.pt") for rank in range(ranks.WORLD_SIZE)]
 
 
-def alone(make, mask="row"):
+def alone(make, mask="row", refresh=None):
     """One process that computes the half batches one after the other and averages their flat gradients."""
     torch.set_num_threads(1)
     model, active = ranks.masked(mask)
     optimizer = make(active)
     for step in range(ranks.STEPS):
+        if refresh is not None and step == 2:
+            change_mask(active, refresh(model), optimizer)
         halves = []
         for rank in range(ranks.WORLD_SIZE):
             optimizer.zero_grad()
@@ -62,6 +64,16 @@ def test_averaged_gradients_train_as_one_process_does(results):
     active, _ = alone(lambda active: torch.optim.AdamW(active.parameters(), lr=0.01))
     for result in results:
         assert torch.equal(result["all_reduce"]["values"], active.values)
+
+
+@needs_gloo
+def test_state_in_shards_follows_a_change_of_the_mask(results):
+    active, _ = alone(
+        lambda active: MaskedAdamW(active, lr=0.01, **ranks.SETTINGS["ema"]),
+        refresh=lambda model: BlockMask.random(model, 0.2, "row", seed=5),
+    )
+    for result in results:
+        assert torch.equal(result["refreshed"]["values"], active.values)
 
 
 @needs_gloo

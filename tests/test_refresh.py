@@ -14,6 +14,7 @@ from pecker_fast import (
     MaskRefresher,
     apply_mask,
     change_mask,
+    compute_saliency,
     linear_density,
     score_blocks,
 )
@@ -178,15 +179,27 @@ def test_the_running_average_goes_on():
     active.check()
 
 
-def test_an_optimizer_that_was_left_behind_is_refused():
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_an_optimizer_that_was_left_behind_is_refused(optimizer):
     model = conv_net()
     first, second = two_masks(model)
     active = apply_mask(model, first)
-    opt = MaskedAdamW(active)
+    opt = make_optimizer(optimizer, active)
     change_mask(active, second)
     loss_of(model).backward()
-    with pytest.raises(RuntimeError, match="changed without this optimizer"):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="give it to change_mask"):
         opt.step()
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_random_mask_can_be_made_of_a_masked_model_and_saliency_cannot():
+    model = conv_net()
+    first, second = two_masks(model)
+    apply_mask(model, first)
+    assert BlockMask.random(model, 0.3, "row", seed=2) == second
+    with pytest.raises(ValueError, match="use score_blocks"):
+        compute_saliency(model, lambda net, batch: net(batch).sum(), [torch.randn(1, 3, 8, 8)])
 
 
 def test_refused_changes_change_nothing():
