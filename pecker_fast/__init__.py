@@ -17,6 +17,7 @@ from pecker_fast.apply import apply_mask  # noqa: E402
 from pecker_fast.block_scores import BlockScores  # noqa: E402
 from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
 from pecker_fast.config import DistillConfig, MaskConfig  # noqa: E402
+from pecker_fast.delta import Delta  # noqa: E402
 from pecker_fast.distiller import MaskedDistiller  # noqa: E402
 from pecker_fast.mask import BlockMask  # noqa: E402
 from pecker_fast.ops import backends, use_backend  # noqa: E402
@@ -31,6 +32,7 @@ __all__ = [
     "BlockGrid",
     "BlockMask",
     "BlockScores",
+    "Delta",
     "DistillConfig",
     "MaskConfig",
     "MaskRefresher",

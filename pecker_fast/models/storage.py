@@ -6,7 +6,8 @@ arguments and, under ``generation``, everything needed to sample from it::
     {"kind": "one_step", "t_init": 500, "schedule": {...}, "sample_shape": [1, 8, 8]}
     {"kind": "ddim", "steps": 20, "schedule": {...}, "sample_shape": [1, 8, 8]}
 
-``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W).
+``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W). A model that carries deltas has
+``pecker_deltas.json`` beside its weights (see `pecker_fast.delta_ledger`).
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,9 @@ from pecker_fast.schedule import NoiseSchedule
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+DELTAS_NAME = "pecker_deltas.json"
+DELTAS_ATTRIBUTE = "_pecker_deltas"
+"""Where a module keeps the content of that file."""
 FORMAT_VERSION = 1
 
 _CLASSES: dict[str, type[nn.Module]] = {"DDPMUNet": DDPMUNet, "DigitsClassifier": DigitsClassifier}
@@ -66,6 +70,8 @@ def write_model(model: nn.Module, folder: StrPath, generation: Mapping[str, Any]
     """
     if generation is not None:
         _check_generation(generation)
+    if DELTAS_ATTRIBUTE in model.__dict__:
+        write_json(Path(folder) / DELTAS_NAME, model.__dict__[DELTAS_ATTRIBUTE])
     save_pretrained = getattr(model, "save_pretrained", None)
     if callable(save_pretrained):
         save_pretrained(folder)
@@ -128,6 +134,9 @@ def load(folder: StrPath) -> nn.Module:
     weights, _ = read_safetensors(path)
     _check_weights(path, model.state_dict(), weights)
     model.load_state_dict(weights, assign=True)
+    deltas = Path(folder) / DELTAS_NAME
+    if deltas.exists():
+        model.__dict__[DELTAS_ATTRIBUTE] = read_json(deltas)
     return model.eval()
 
 
