@@ -26,6 +26,7 @@ from pecker_fast.refresh import MaskRefresher, change_mask, linear_density  # no
 from pecker_fast.saliency import Saliency, compute_saliency  # noqa: E402
 from pecker_fast.schedule import NoiseSchedule  # noqa: E402
 from pecker_fast.scoring import score_blocks  # noqa: E402
+from pecker_fast.shira import export_shira  # noqa: E402
 
 __all__ = [
     "ActiveParameters",
@@ -45,6 +46,7 @@ __all__ = [
     "backends",
     "change_mask",
     "compute_saliency",
+    "export_shira",
     "linear_density",
     "score_blocks",
     "use_backend",

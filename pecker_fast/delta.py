@@ -67,6 +67,7 @@ class Delta:
         *,
         name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        ledger: Ledger | None = None,
         progress: bool = True,
     ) -> Delta:
         """What changed from ``before`` to ``after``, which must be the same bits outside the mask.
@@ -81,6 +82,7 @@ class Delta:
             mask: Where they may differ.
             name: For people, and for error messages.
             metadata: Anything that JSON holds, kept with the delta.
+            ledger: Deltas that ``before`` carries where it is a state dict. Modules have their own.
             progress: Whether to show a bar on stderr where it takes seconds.
 
         Raises:
@@ -95,15 +97,14 @@ class Delta:
         _check_mask(mask.parameters, layouts)
         found = {key: changed_bits(key, old[key], new[key], mask.parameters.get(key)) for key in old}
         payload = {key: bits for key, bits in found.items() if bits is not None}
-        ledger = Ledger.of(before)
+        ledger = _ledger_of(before, ledger)
         others = [r for r in ledger.holding(old) if not overlaps(r.mask.parameters, mask.parameters)]
         touched = fingerprint_blocks(old, mask.parameters)
         rest = fingerprint_all(old, progress) - touched - sum(record.change for record in others)
         fingerprints = Fingerprints(touched, fingerprint_blocks(new, mask.parameters), rest % MODULUS)
         delta = cls(mask, payload, layouts, fingerprints, name, metadata, _versions())
         if isinstance(after, nn.Module):
-            ledger.note(delta.record, applied=True)
-            ledger.attach(after)
+            Ledger([*ledger, delta.record]).attach(after)
         return delta
 
     def apply(self, model: Weights, *, ledger: Ledger | None = None, progress: bool = True) -> None:
@@ -135,8 +136,7 @@ class Delta:
         state = tensors_of(model)
         check_layout(state, self.layouts, f"the model does not fit delta {self.record.label}")
         check_writable(model, state, self.payload)
-        if isinstance(model, nn.Module) or ledger is None:
-            ledger = Ledger.of(model)
+        ledger = _ledger_of(model, ledger)
         check_fit(self.record, self.fingerprints.rest, state, ledger, applied, progress)
         xor_(state, self.mask.parameters, self.payload)
         ledger.note(self.record, applied)
@@ -214,6 +214,12 @@ class Delta:
 
     def _hashes(self) -> dict[str, str]:
         return {key: f"{value:016x}" for key, value in self.fingerprints._asdict().items()}
+
+
+def _ledger_of(model: Weights, ledger: Ledger | None) -> Ledger:
+    if isinstance(model, nn.Module) and ledger is not None:
+        raise ValueError(f"ledger: {type(model).__name__} has its own; give one with state dicts only")
+    return Ledger.of(model) if ledger is None else ledger
 
 
 def _check_mask(parameters: Mapping[str, ParameterMask], layouts: Mapping[str, str]) -> None:

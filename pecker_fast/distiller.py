@@ -18,6 +18,7 @@ from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import apply_mask
 from pecker_fast.checkpoint import atomic_folder, write_json
 from pecker_fast.config import DistillConfig
+from pecker_fast.delta import Delta
 from pecker_fast.draws import Draws
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask
@@ -69,6 +70,7 @@ class MaskedDistiller:
         self.config = config
         self._predict = predictor(true_score)
         self.generator = copy.deepcopy(true_score if generator is None else generator)
+        self._from_true_score = generator is None
         self.fake_score = copy.deepcopy(true_score).requires_grad_(True)
         self.true_score = true_score.eval().requires_grad_(False)
         weight = next(true_score.parameters())
@@ -271,7 +273,9 @@ class MaskedDistiller:
         """Write ``model/`` (the averaged generator), ``mask.safetensors`` and ``distill_config.json`` into ``folder``.
 
         ``pecker_fast.models.load(folder / "model")`` reads a DDPMUNet back, diffusers' ``from_pretrained`` its own
-        models; of any other module ``model/`` holds the weights, to be loaded into it with safetensors.
+        models; of any other module ``model/`` holds the weights, to be loaded into it with safetensors. ``delta/`` is
+        what changed since the true score (see ``Delta``), where the generator started from it and still has its dtype
+        and buffers.
 
         Raises:
             FileFormatError: The folder cannot be written; an older model in it stays as it was.
@@ -281,9 +285,27 @@ class MaskedDistiller:
             raise RuntimeError("nothing to save: call build_mask() and step() first")
         with atomic_folder(folder) as unfinished, self.averaged() as generator:
             (unfinished / "model").mkdir()
+            if self._has_delta():
+                name = f"forget {', '.join(map(str, self.config.forget))}"
+                metadata = {"distill_config": self.config.to_dict(), "generation": self.generation}
+                delta = Delta.extract(
+                    self.true_score, generator, self.mask, name=name, metadata=metadata, progress=False
+                )
+                delta.save(unfinished / "delta")
             storage.write_model(generator, unfinished / "model", self.generation)
             self.mask.save(unfinished / "mask.safetensors")
             write_json(unfinished / "distill_config.json", self.config.to_dict())
+
+    def _has_delta(self) -> bool:
+        """A delta is for the dtype that it was made in, and holds no statistics of batch norms."""
+        if not self._from_true_score:
+            return False
+        before, after = self.true_score.state_dict(), self.generator.state_dict()
+        buffers = dict(self.true_score.named_buffers())
+        return all(
+            after[name].dtype == tensor.dtype and (name not in buffers or torch.equal(after[name], tensor))
+            for name, tensor in before.items()
+        )
 
     @property
     def generation(self) -> dict[str, Any]:

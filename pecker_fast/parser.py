@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pecker_fast
+from pecker_fast.delta_flags import delta_command
 from pecker_fast.flags import (
     BLOCK_HELP,
     Parser,
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pecker-fast", description="Make a diffusion model forget, and show what it forgot.")
     parser.add_argument("--version", action="version", version=f"pecker_fast {pecker_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _pretrain, _mask, _unlearn, _sample, _evaluate, _doctor):
+    for add in (_demo, _pretrain, _mask, _unlearn, _sample, _evaluate, delta_command, _doctor):
         add(commands)
     return parser
 

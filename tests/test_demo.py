@@ -30,7 +30,7 @@ def test_everything_is_written(finished):
     out = folder / "out"
     assert {p.name for p in out.iterdir()} == {
         "report.html", "before_after.png", "curves.png", "saliency.png", "metrics.json", "mask.safetensors", "model",
-        "distill_config.json",
+        "distill_config.json", "delta",
     }  # fmt: skip
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert metrics["forget_class"] == [3, 5] and metrics["override_class"] == [8, 6]

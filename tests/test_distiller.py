@@ -2,13 +2,14 @@
 
 import copy
 import io
+import json
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from pecker_fast import BlockMask, DistillConfig, MaskConfig, MaskedDistiller, NoiseSchedule, models
+from pecker_fast import BlockMask, Delta, DistillConfig, MaskConfig, MaskedDistiller, NoiseSchedule, models
 from pecker_fast.errors import FileFormatError, NonFiniteError
 from pecker_fast.flops import count_flops
 from pecker_fast.models import DDPMUNet
@@ -258,6 +259,38 @@ def test_save_and_load(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out"]
 
 
+def test_the_delta_beside_the_model_leads_from_the_true_score_to_it_and_back(tmp_path):
+    teacher = unet()
+    distiller = MaskedDistiller(teacher, SCHEDULE, config(ema_decay=0.5))
+    for _ in range(2):
+        distiller.step()
+    distiller.save(tmp_path)
+    model, delta = models.load(tmp_path / "model"), Delta.load(tmp_path / "delta")
+    moved = copy.deepcopy(teacher)
+    delta.apply(moved)
+    delta.revert(model)  # its folder remembers that it carries the delta
+    with distiller.averaged() as averaged:
+        assert all(torch.equal(moved.state_dict()[name], weight) for name, weight in averaged.state_dict().items())
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in teacher.state_dict().items())
+    assert delta.metadata["generation"] == json.loads(json.dumps(distiller.generation))
+    distiller.step()  # the live weights have moved on: saving again is a new delta
+    distiller.save(tmp_path)
+    Delta.load(tmp_path / "delta").revert(models.load(tmp_path / "model"))
+
+
+def test_no_delta_where_it_could_not_hold_everything(tmp_path):
+    given = MaskedDistiller(unet(), SCHEDULE, config(), generator=unet())
+    narrowed = MaskedDistiller(unet(), SCHEDULE, config())
+    narrowed.build_mask()
+    narrowed.generator.half()
+    for number, distiller in enumerate((MaskedDistiller(BatchNormed(), SCHEDULE, config()), given, narrowed)):
+        if distiller is not narrowed:
+            distiller.step()
+        distiller.save(tmp_path / str(number))
+        assert (tmp_path / str(number) / "model").is_dir()
+        assert not (tmp_path / str(number) / "delta").exists()
+
+
 class Plain(nn.Module):
     def __init__(self):
         super().__init__()
@@ -265,6 +298,15 @@ class Plain(nn.Module):
 
     def forward(self, x_t, t, condition):
         return self.conv(x_t) + self.label(condition)[:, :, None, None] + t.view(-1, 1, 1, 1) / 1000
+
+
+class BatchNormed(Plain):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+
+    def forward(self, x_t, t, condition):
+        return super().forward(self.norm(x_t), t, condition)
 
 
 def test_any_module_will_do(tmp_path):

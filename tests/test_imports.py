@@ -22,7 +22,7 @@ LAYERS = [
     ["delta"],
     ["distiller", "trainer", "shira"],
     ["digits_task", "report", "flags"],
-    ["demo"],
+    ["demo", "delta_flags"],
     ["commands", "parser"],
     ["cli"],
 ]

@@ -13,7 +13,7 @@ from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
 
-_WRITES = ("model/", "mask.safetensors", "distill_config.json", "metrics.jsonl")
+_WRITES = ("model/", "delta/", "mask.safetensors", "distill_config.json", "metrics.jsonl")
 
 
 def run(options: argparse.Namespace) -> Outcome:

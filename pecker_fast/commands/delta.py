@@ -1,0 +1,99 @@
+"""``pecker-fast delta``: what an erasure changed, as a small file that is applied and taken back."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from pecker_fast import delta_file
+from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.weights import ModelFolder
+from pecker_fast.delta import Delta
+from pecker_fast.errors import FileFormatError
+from pecker_fast.mask import BlockMask
+from pecker_fast.models.storage import DELTAS_NAME
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Do one of the four actions; a folder that is written appears only when all of it is there."""
+    actions = {"extract": _extract, "apply": _switch, "revert": _switch, "info": _info}
+    return actions[options.action](options)
+
+
+def _extract(options: argparse.Namespace) -> Outcome:
+    before, after = ModelFolder.read(options.before), ModelFolder.read(options.after)
+    mask = BlockMask.load(options.mask_path)
+    name = options.name or options.output_dir.name
+    try:
+        delta = Delta.extract(
+            before.weights, after.weights, mask, name=name, ledger=before.ledger, progress=not options.quiet
+        )
+    except ValueError as error:
+        raise FileFormatError(f"{options.before} and {options.after}: {error}") from error
+    if options.dry_run:
+        settings = {"before": str(options.before), "after": str(options.after), "name": name}
+        files = [delta_file.PAYLOAD_NAME, delta_file.CONFIG_NAME, "README.md"]
+        return dry_run(settings, _sizes(delta), [str(options.output_dir / file) for file in files])
+    delta.save(options.output_dir)
+    values = {"output_dir": str(options.output_dir), **_values(delta, options.output_dir)}
+    return Outcome(values, f"{delta!r}\nWritten to {options.output_dir}.")
+
+
+def _switch(options: argparse.Namespace) -> Outcome:
+    """Apply or revert, in memory first: what does not fit is refused before anything is written."""
+    model = ModelFolder.read(options.model)
+    deltas = [Delta.load(folder) for folder in options.delta]
+    for folder, delta in zip(options.delta, deltas, strict=True):
+        switch = delta.apply if options.action == "apply" else delta.revert
+        try:
+            switch(model.weights, ledger=model.ledger, progress=not options.quiet)
+        except ValueError as error:
+            raise FileFormatError(f"{options.model} and {folder}: {error}") from error
+    carried = [record.name for record in model.ledger.holding(model.weights)]
+    if options.dry_run:
+        settings = {"model": str(options.model), options.action: [str(folder) for folder in options.delta]}
+        writes = [str(options.output_dir / file) for file in (model.file, DELTAS_NAME)]
+        return dry_run(settings, _sizes(*deltas), writes)
+    model.write(options.output_dir)
+    names = ", ".join(delta.record.label for delta in deltas)
+    done = "Applied" if options.action == "apply" else "Reverted"
+    values = {"output_dir": str(options.output_dir), "weights": _sizes(*deltas)["changed"], "carried": carried}
+    return Outcome(values, f"{done} {names}. Written to {options.output_dir}.")
+
+
+def _info(options: argparse.Namespace) -> Outcome:
+    deltas = {str(folder): Delta.load(folder) for folder in options.delta}
+    overlaps = [
+        {"deltas": [a, b], "weights": names}
+        for (a, first), (b, second) in combinations(deltas.items(), 2)
+        if (names := first.overlaps(second))
+    ]
+    values = {
+        "deltas": {folder: _values(delta, Path(folder)) for folder, delta in deltas.items()},
+        "disjoint": not overlaps,
+        "overlaps": overlaps,
+    }
+    lines = [f"{folder}\n{_text(delta)}" for folder, delta in deltas.items()]
+    if len(deltas) > 1:
+        pairs = ["{} and {}".format(*overlap["deltas"]) for overlap in overlaps]
+        clash = f"These change the same weights and do not stack: {'; '.join(pairs)}."
+        lines.append(clash if overlaps else "They change different weights: they stack in any order.")
+    return Outcome(values, "\n\n".join(lines))
+
+
+def _text(delta: Delta) -> str:
+    info = delta.info()
+    largest = sorted(info["layers"].items(), key=lambda layer: -layer[1])[:3]
+    lines = [repr(delta), f"most in: {', '.join(f'{name} ({count:,})' for name, count in largest)}"]
+    lines += [f"{kind}: {value}" for kind, value in (info["hashes"] | info["versions"]).items()]
+    return "\n".join(f"  {line}" for line in lines + [f"{key}: {value}" for key, value in info["metadata"].items()])
+
+
+def _values(delta: Delta, folder: Path) -> dict[str, Any]:
+    return delta.info() | {"file": delta_file.read_config(folder)["payload"]}
+
+
+def _sizes(*deltas: Delta) -> dict[str, int]:
+    return {"model": deltas[0].mask.total, "changed": sum(delta.mask.numel for delta in deltas)}
