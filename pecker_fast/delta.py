@@ -96,7 +96,7 @@ class Delta:
         mask, metadata = active_part(mask), _plain(metadata)
         _check_mask(mask.parameters, layouts)
         found = {key: changed_bits(key, old[key], new[key], mask.parameters.get(key)) for key in old}
-        payload = {key: bits for key, bits in found.items() if bits is not None}
+        payload = {key: bits for key in mask.parameters if (bits := found[key]) is not None}
         ledger = _ledger_of(before, ledger)
         others = [r for r in ledger.holding(old) if not overlaps(r.mask.parameters, mask.parameters)]
         touched = fingerprint_blocks(old, mask.parameters)
@@ -139,6 +139,10 @@ class Delta:
         ledger = _ledger_of(model, ledger)
         check_fit(self.record, self.fingerprints.rest, state, ledger, applied, progress)
         xor_(state, self.mask.parameters, self.payload)
+        expected = self.fingerprints.after if applied else self.fingerprints.before
+        if fingerprint_blocks(state, self.mask.parameters) != expected:
+            xor_(state, self.mask.parameters, self.payload)
+            raise ValueError(f"the numbers of delta {self.record.label} are not those it was made with; load it again")
         ledger.note(self.record, applied)
         if isinstance(model, nn.Module):
             ledger.attach(model)
@@ -159,7 +163,7 @@ class Delta:
             FileFormatError: The folder cannot be written.
         """
         bits, header = pack_mask(self.mask)
-        xor = [bits_.view(torch.uint8) for bits_ in self.payload.values()]
+        xor = [self.payload[key].view(torch.uint8) for key in self.mask.parameters]
         tensors = {"mask": bits, "xor": torch.cat([torch.empty(0, dtype=torch.uint8), *xor])}
         config = {
             "name": self.name,
@@ -170,7 +174,7 @@ class Delta:
             "metadata": dict(self.metadata),
             "tensors": dict(self.layouts),
         }
-        delta_file.write(folder, config, tensors, header)
+        delta_file.write(folder, config, tensors, header | {"format": delta_file.FORMAT})
 
     @classmethod
     def load(cls, folder: StrPath) -> Delta:
