@@ -94,6 +94,16 @@ def changed_bits(name: str, before: Tensor, after: Tensor, mask: ParameterMask |
     return None if active is None else active.cpu()
 
 
+def only_weights_changed(before: nn.Module, after: nn.Module) -> bool:
+    """Whether dtypes and buffers are the same, as a delta between the two needs it."""
+    old, new = before.state_dict(), after.state_dict()
+    buffers = dict(before.named_buffers())
+    return all(
+        new[name].dtype == tensor.dtype and (name not in buffers or torch.equal(new[name], tensor))
+        for name, tensor in old.items()
+    )
+
+
 def xor_(state: Mapping[str, Tensor], parameters: Mapping[str, ParameterMask], payload: Mapping[str, Tensor]) -> None:
     """XOR the active blocks in place: all weights, or none where something fails on the way."""
     done: list[str] = []

@@ -19,6 +19,7 @@ from pecker_fast.apply import apply_mask
 from pecker_fast.checkpoint import atomic_folder, write_json
 from pecker_fast.config import DistillConfig
 from pecker_fast.delta import Delta
+from pecker_fast.delta_state import only_weights_changed
 from pecker_fast.draws import Draws
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask
@@ -285,7 +286,7 @@ class MaskedDistiller:
             raise RuntimeError("nothing to save: call build_mask() and step() first")
         with atomic_folder(folder) as unfinished, self.averaged() as generator:
             (unfinished / "model").mkdir()
-            if self._has_delta():
+            if self._from_true_score and only_weights_changed(self.true_score, generator):
                 name = f"forget {', '.join(map(str, self.config.forget))}"
                 metadata = {"distill_config": self.config.to_dict(), "generation": self.generation}
                 delta = Delta.extract(
@@ -295,17 +296,6 @@ class MaskedDistiller:
             storage.write_model(generator, unfinished / "model", self.generation)
             self.mask.save(unfinished / "mask.safetensors")
             write_json(unfinished / "distill_config.json", self.config.to_dict())
-
-    def _has_delta(self) -> bool:
-        """A delta is for the dtype that it was made in, and holds no statistics of batch norms."""
-        if not self._from_true_score:
-            return False
-        before, after = self.true_score.state_dict(), self.generator.state_dict()
-        buffers = dict(self.true_score.named_buffers())
-        return all(
-            after[name].dtype == tensor.dtype and (name not in buffers or torch.equal(after[name], tensor))
-            for name, tensor in before.items()
-        )
 
     @property
     def generation(self) -> dict[str, Any]:
