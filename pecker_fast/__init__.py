@@ -17,7 +17,7 @@ from pecker_fast.apply import apply_mask  # noqa: E402
 from pecker_fast.block_scores import BlockScores  # noqa: E402
 from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
 from pecker_fast.config import DistillConfig, MaskConfig  # noqa: E402
-from pecker_fast.delta import Delta  # noqa: E402
+from pecker_fast.delta import Delta, export_shira  # noqa: E402
 from pecker_fast.distiller import MaskedDistiller  # noqa: E402
 from pecker_fast.mask import BlockMask  # noqa: E402
 from pecker_fast.ops import backends, use_backend  # noqa: E402
@@ -26,7 +26,6 @@ from pecker_fast.refresh import MaskRefresher, change_mask, linear_density  # no
 from pecker_fast.saliency import Saliency, compute_saliency  # noqa: E402
 from pecker_fast.schedule import NoiseSchedule  # noqa: E402
 from pecker_fast.scoring import score_blocks  # noqa: E402
-from pecker_fast.shira import export_shira  # noqa: E402
 
 __all__ = [
     "ActiveParameters",

@@ -19,7 +19,7 @@ from pecker_fast.apply import apply_mask
 from pecker_fast.checkpoint import atomic_folder, write_json
 from pecker_fast.config import DistillConfig
 from pecker_fast.delta import Delta
-from pecker_fast.delta_state import only_weights_changed
+from pecker_fast.delta.state import only_weights_changed
 from pecker_fast.draws import Draws
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask

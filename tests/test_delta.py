@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from models import Zoo, loss_of, masked_net, zoo_batch
 from torch import nn
 
-from pecker_fast import ActiveParameters, BlockMask, Delta, MaskedAdamW, apply_mask, delta_state, models
+from pecker_fast import ActiveParameters, BlockMask, Delta, MaskedAdamW, apply_mask, models
 from pecker_fast.blocks import BlockGrid, ParameterMask
-from pecker_fast.delta_hash import fingerprint, fingerprint_all, fingerprint_blocks, flat_bits
-from pecker_fast.delta_ledger import Ledger
+from pecker_fast.delta import Ledger
+from pecker_fast.delta import state as delta_state
+from pecker_fast.delta.fingerprint import fingerprint, fingerprint_all, fingerprint_blocks, flat_bits
 
 BLOCKS = ["row", "element", (3, 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -10,7 +10,7 @@ from test_delta import halves, moved, same
 
 from pecker_fast import Delta, models
 from pecker_fast.cli import main
-from pecker_fast.delta_ledger import Ledger
+from pecker_fast.delta import Ledger
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -18,7 +18,7 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys):
 def test_the_keys_are_those_of_the_file(tmp_path):
     from test_delta_file import make
 
-    from pecker_fast.delta_file import read_config
+    from pecker_fast.delta.file import read_config
 
     make()[2].save(tmp_path / "d")
     table = re.findall(r"^\| (`.*?) \|", PAGE, flags=re.M)

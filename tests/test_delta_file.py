@@ -16,7 +16,7 @@ from test_delta import moved, same
 
 from pecker_fast import BlockMask, Delta
 from pecker_fast.checkpoint import read_json, write_json
-from pecker_fast.delta_ledger import Ledger
+from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models import DDPMUNet
 

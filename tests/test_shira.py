@@ -14,7 +14,7 @@ from torch import nn
 
 from pecker_fast import BlockMask, Delta, export_shira
 from pecker_fast.checkpoint import read_json
-from pecker_fast.delta_ledger import Ledger
+from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 
 ROOT = Path(__file__).parents[1]

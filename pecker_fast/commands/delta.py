@@ -7,10 +7,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from pecker_fast import delta_file
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.weights import ModelFolder
 from pecker_fast.delta import Delta
+from pecker_fast.delta import file as delta_file
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
 from pecker_fast.models.storage import DELTAS_NAME

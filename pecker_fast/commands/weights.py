@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pecker_fast.checkpoint import atomic_folder, read_safetensors, write_safetensors
-from pecker_fast.delta_ledger import Ledger
+from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.storage import DELTAS_NAME, WEIGHTS_NAME
 

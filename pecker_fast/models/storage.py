@@ -7,7 +7,7 @@ arguments and, under ``generation``, everything needed to sample from it::
     {"kind": "ddim", "steps": 20, "schedule": {...}, "sample_shape": [1, 8, 8]}
 
 ``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W). A model that carries deltas has
-``pecker_deltas.json`` beside its weights (see `pecker_fast.delta_ledger`).
+``pecker_deltas.json`` beside its weights (see `pecker_fast.delta.ledger`).
 """
 
 from collections.abc import Mapping

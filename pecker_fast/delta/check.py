@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from pecker_fast.delta_hash import MODULUS, fingerprint_all, fingerprint_blocks
-from pecker_fast.delta_ledger import Ledger, Record
-from pecker_fast.delta_pack import overlaps
+from pecker_fast.delta.fingerprint import MODULUS, fingerprint_all, fingerprint_blocks
+from pecker_fast.delta.ledger import Ledger, Record
+from pecker_fast.delta.pack import overlaps
 
 
 def check_fit(

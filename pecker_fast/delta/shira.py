@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from pecker_fast.blocks import ParameterMask
 from pecker_fast.checkpoint import StrPath, atomic_folder, write_json, write_safetensors
 from pecker_fast.delta import Delta
-from pecker_fast.delta_ledger import Ledger
-from pecker_fast.delta_state import tensors_of
+from pecker_fast.delta.ledger import Ledger
+from pecker_fast.delta.state import tensors_of
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast.checkpoint import StrPath, read_json, write_json
-from pecker_fast.delta_hash import MODULUS, fingerprint_blocks
-from pecker_fast.delta_pack import pack_mask, unpack_mask
+from pecker_fast.delta.fingerprint import MODULUS, fingerprint_blocks
+from pecker_fast.delta.pack import pack_mask, unpack_mask
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
 from pecker_fast.models.storage import DELTAS_ATTRIBUTE, DELTAS_NAME

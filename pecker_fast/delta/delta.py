@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import pecker_fast
-from pecker_fast import delta_file
 from pecker_fast.blocks import ParameterMask
 from pecker_fast.checkpoint import StrPath
-from pecker_fast.delta_check import check_fit
-from pecker_fast.delta_hash import MODULUS, Fingerprints, fingerprint_all, fingerprint_blocks, layout
-from pecker_fast.delta_ledger import Ledger, Record
-from pecker_fast.delta_pack import active_part, overlaps, pack_mask, unpack_mask
-from pecker_fast.delta_state import (
+from pecker_fast.delta import file as delta_file
+from pecker_fast.delta.check import check_fit
+from pecker_fast.delta.fingerprint import MODULUS, Fingerprints, fingerprint_all, fingerprint_blocks, layout
+from pecker_fast.delta.ledger import Ledger, Record
+from pecker_fast.delta.pack import active_part, overlaps, pack_mask, unpack_mask
+from pecker_fast.delta.state import (
     DTYPES,
     Weights,
     changed_bits,

@@ -9,10 +9,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.active import ATTRIBUTE, ActiveParameters
+from pecker_fast.active import ActiveParameters
 from pecker_fast.blocks import ParameterMask
-from pecker_fast.delta_hash import flat_bits, layout
+from pecker_fast.delta.fingerprint import flat_bits, layout
 from pecker_fast.layers import MaskedLayer
+from pecker_fast.maskable import STORE
 
 Weights: TypeAlias = nn.Module | Mapping[str, Tensor]
 """A model, or what its ``state_dict()`` returns."""
@@ -30,7 +31,7 @@ def tensors_of(model: Weights) -> dict[str, Tensor]:
     """
     if isinstance(model, nn.Module):
         for module in model.modules():
-            if ATTRIBUTE in module.__dict__:
+            if STORE in module.__dict__:
                 ActiveParameters.of(module).check()
         model = model.state_dict()
     for name, tensor in model.items():
