@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "masked_adamw.h"
 #include "scatter.h"
+#include "select_threshold.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -115,6 +116,30 @@ void def_scatter(py::module_& m, const char* name, const char* doc, const py::ar
         "num_parameters"_a, "num_runs"_a, where_name);
 }
 
+template <typename Float>
+std::pair<double, std::int64_t> selected(const std::vector<SelectArray>& arrays, std::int64_t k, int threads) {
+  const Selected found = select_threshold_cpu<Float>(arrays, k, threads);
+  return {value_of<Float>(static_cast<Key<Float>>(found.key)), found.ties};
+}
+
+std::pair<double, std::int64_t> checked_select_threshold(const std::vector<Address>& addresses,
+                                                         const std::vector<std::int64_t>& numels,
+                                                         bool is_double, std::int64_t k, int threads) {
+  check(threads >= 1, "expected threads >= 1");
+  check(addresses.size() == numels.size(), "expected as many numels as addresses");
+  std::vector<SelectArray> arrays;
+  std::int64_t numel = 0;
+  for (std::size_t i = 0; i < addresses.size(); ++i) {
+    check(numels[i] >= 0, "expected numels >= 0");
+    check(numels[i] <= std::numeric_limits<std::int64_t>::max() - numel, "expected fewer values in all");
+    check(numels[i] == 0 || addresses[i], "expected the address of every array that has values");
+    arrays.push_back({at<void>(addresses[i]), numels[i]});
+    numel += numels[i];
+  }
+  check(1 <= k && k <= numel, "expected k from 1 to the number of values");
+  return is_double ? selected<double>(arrays, k, threads) : selected<float>(arrays, k, threads);
+}
+
 py::dict build_info() {
   return py::dict("version"_a = PECKER_VERSION, "compiler"_a = PECKER_COMPILER, "cuda"_a = bool(PECKER_CUDA),
                   "cuda_architectures"_a = PECKER_CUDA_ARCHITECTURES, "isa_compiled"_a = compiled_isas(),
@@ -136,6 +161,10 @@ Addresses are integers (tensor.data_ptr(), 0 for none) of memory that the caller
                    checked_step_cpu);
   def_scatter(m, "scatter_cpu", "Copies a flat buffer to the dense tensors.", "threads"_a,
               checked_scatter_cpu);
+  m.def("select_threshold_cpu", checked_select_threshold,
+        "The k-th largest value of arrays of float (or double), and how many equal to it are among the k.",
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "addresses"_a, "numels"_a, "is_double"_a,
+        "k"_a, "threads"_a);
 #if PECKER_CUDA
   def_masked_adamw(m, "masked_adamw_cuda",
                    "masked_adamw_cpu in CUDA memory, one launch on a stream of the current device.",

@@ -74,21 +74,23 @@ def _select_elements(
     saliency: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int, forbidden: Mapping[str, Tensor]
 ) -> dict[str, ParameterMask]:
     """Single weights: a threshold instead of a sort, and as many of its ties as still fit."""
-    flat = {name: saliency[name].detach().cpu().float().reshape(-1) for name in grids}
+    values = {name: saliency[name].detach().cpu().float() for name in grids}
     for name, barred in forbidden.items():
-        if name in flat:
-            flat[name] = flat[name].masked_fill(barred, -torch.inf)
-    allowed = sum(len(values) - int(_barred(name, grids[name], forbidden).sum()) for name, values in flat.items())
+        if name in values:
+            values[name] = values[name].masked_fill(barred.view(values[name].shape), -torch.inf)
+    allowed = sum(v.numel() - int(_barred(name, grids[name], forbidden).sum()) for name, v in values.items())
     if not allowed:
         return {name: ParameterMask(grid, torch.zeros(0, dtype=torch.int64)) for name, grid in grids.items()}
-    threshold, ties = select_threshold(list(flat.values()), min(budget, allowed))
+    threshold, ties = select_threshold(list(values.values()), min(budget, allowed))
     left = int(ties)
     selected: dict[str, ParameterMask] = {}
     for name, grid in grids.items():
-        chosen = flat[name] > threshold
-        equal = (flat[name] == threshold).nonzero().flatten()[:left]
-        left -= len(equal)
-        chosen[equal] = True
+        # Flattened as booleans: saliency that lies channels-last is never copied.
+        chosen = (values[name] > threshold).reshape(-1)
+        if left:
+            equal = (values[name] == threshold).reshape(-1).nonzero().flatten()[:left]
+            left -= len(equal)
+            chosen[equal] = True
         selected[name] = ParameterMask(grid, chosen.nonzero().flatten())
     return selected
 

@@ -193,6 +193,47 @@ def test_unsafe_arguments_raise(arguments, message):
         native.load().masked_adamw_cpu(**({**addresses, "numel": 4, "threads": 1} | HYPER | arguments))
 
 
+def select(values: torch.Tensor, k: int, **arguments: object) -> tuple[float, int]:
+    good = {"addresses": [values.data_ptr()], "numels": [len(values)], "is_double": values.dtype == torch.float64}
+    return native.load().select_threshold_cpu(**(good | {"k": k, "threads": 1} | arguments))
+
+
+@pytest.mark.parametrize("numel", [1, 63, 65, 140_001, 300_007])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_selection_is_the_same_for_every_isa_and_thread_count(numel, dtype):
+    generator = torch.Generator().manual_seed(numel)
+    bits = torch.randint(-(2**62), 2**62, (numel,), generator=generator)
+    bits = bits << 1 if dtype == torch.float64 else bits.to(torch.int32)
+    values = bits.view(dtype)  # all kinds of floats: NaN, infinity, denormals
+    values[: len(SPECIAL)] = torch.tensor(SPECIAL, dtype=dtype)[:numel]
+    values[numel // 2 :] = values[numel // 2]  # and one of them very often
+    ordered = values.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).sort(descending=True).values
+    for isa in supported_isas():
+        native.load().use_isa(isa)
+        for threads in (1, 2, 5):
+            for k in {1, numel // 7 + 1, numel // 2 + 1, numel}:
+                threshold, ties = select(values, k, threads=threads)
+                assert threshold == float(ordered[k - 1])
+                assert ties == k - int((ordered > threshold).sum())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"k": 0}, "k from 1"),
+        ({"k": 5}, "k from 1"),
+        ({"threads": 0}, "threads >= 1"),
+        ({"numels": [-4]}, "numels >= 0"),
+        ({"numels": [2, 2]}, "as many numels"),
+        ({"addresses": [0]}, "address of every array"),
+        ({"addresses": [1, 1], "numels": [2**62, 2**62]}, "fewer values"),
+    ],
+)
+def test_unsafe_selections_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        select(torch.zeros(4), **({"k": 1} | arguments))
+
+
 def test_wrong_tables_raise():
     value, table = torch.zeros(4), make_table(4, torch.float32, (4,))
     with pytest.raises(ValueError, match="end at numel"):

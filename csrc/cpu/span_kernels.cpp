@@ -144,6 +144,7 @@ const SpanKernels PECKER_ISA::kernels = {
     {{update<false, false>, update<false, true>}, {update<true, false>, update<true, true>}},
     {scatter<false>, scatter<true>},
     fence,
+    &PECKER_ISA::select_kernels,
 };
 
 }  // namespace pecker

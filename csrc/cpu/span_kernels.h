@@ -1,11 +1,12 @@
-// The inner loops of the CPU ops, over one span [begin, end) of the flat buffer. span_kernels.cpp is compiled
-// once per instruction set (see CMakeLists.txt); isa.h chooses among the results at run time.
+// The inner loops of the CPU ops, over one span [begin, end) of the flat buffer. All *_kernels.cpp are
+// compiled once per instruction set (see CMakeLists.txt); isa.h chooses among the results at run time.
 #pragma once
 
 #include <cstdint>
 
 #include "../masked_adamw.h"
 #include "../scatter.h"
+#include "select_kernels.h"
 
 namespace pecker {
 
@@ -21,16 +22,20 @@ struct SpanKernels {
   std::int64_t (*scatter[2])(const float* value, std::int64_t begin, std::int64_t end, std::int64_t run,
                              const ScatterTable& table);
   void (*fence)();
+  const SelectKernels* select;
 };
 
 namespace avx512 {
 extern const SpanKernels kernels;
+extern const SelectKernels select_kernels;
 }
 namespace avx2 {
 extern const SpanKernels kernels;
+extern const SelectKernels select_kernels;
 }
 namespace scalar {
 extern const SpanKernels kernels;
+extern const SelectKernels select_kernels;
 }
 
 }  // namespace pecker
