@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <limits>
 #include <stdexcept>
 
+#include "accumulate_saliency.h"
 #include "cpu/isa.h"
 #include "masked_adamw.h"
 #include "scatter.h"
@@ -117,7 +119,8 @@ void def_scatter(py::module_& m, const char* name, const char* doc, const py::ar
 }
 
 template <typename Float>
-std::pair<double, std::int64_t> selected(const std::vector<SelectArray>& arrays, std::int64_t k, int threads) {
+std::pair<double, std::int64_t> selected(const std::vector<SelectArray>& arrays, std::int64_t k,
+                                         int threads) {
   const Selected found = select_threshold_cpu<Float>(arrays, k, threads);
   return {value_of<Float>(static_cast<Key<Float>>(found.key)), found.ties};
 }
@@ -138,6 +141,36 @@ std::pair<double, std::int64_t> checked_select_threshold(const std::vector<Addre
   }
   check(1 <= k && k <= numel, "expected k from 1 to the number of values");
   return is_double ? selected<double>(arrays, k, threads) : selected<float>(arrays, k, threads);
+}
+
+SaliencyGrad saliency_grad(Address grad, int dtype, int kind) {
+  check(0 <= dtype && dtype < kDenseDtypes,
+        "expected grad_dtype of 0 (float32), 1 (bfloat16), 2 (float16) or 3 (float64)");
+  check(0 <= kind && kind < kSaliencyKinds, "expected kind of 0 (signed sum), 1 (abs) or 2 (square)");
+  return {at<void>(grad), static_cast<DenseDtype>(dtype), static_cast<SaliencyKind>(kind)};
+}
+
+void checked_accumulate(Address total, bool total_is_double, Address grad, int grad_dtype, int kind,
+                        std::int64_t numel, int threads) {
+  check(threads >= 1, "expected threads >= 1");
+  check(numel >= 0, "expected numel >= 0");
+  check(numel == 0 || (total && grad), "expected the addresses of total and grad");
+  accumulate_saliency_cpu({at<void>(total), total_is_double}, saliency_grad(grad, grad_dtype, kind), numel,
+                          threads);
+}
+
+void checked_accumulate_blocks(Address total, bool total_is_double, Address grad, int grad_dtype, int kind,
+                               const std::array<std::int64_t, 4>& view,
+                               const std::array<std::int64_t, 2>& block, int threads) {
+  check(threads >= 1, "expected threads >= 1");
+  for (const std::int64_t extent : view) check(extent >= 0, "expected extents of the view >= 0");
+  for (const std::int64_t extent : block) check(extent >= 1, "expected extents of the block >= 1");
+  const BlockLayout layout{view[0], view[1], view[2], view[3], block[0], block[1]};
+  const bool sums_nothing = layout.repeat * layout.unit == 0 || layout.out * layout.in == 0;
+  check(layout.out * layout.in == 0 || total, "expected the address of total");
+  check(sums_nothing || grad, "expected the address of grad");
+  accumulate_block_saliency_cpu({at<void>(total), total_is_double}, saliency_grad(grad, grad_dtype, kind),
+                                layout, threads);
 }
 
 py::dict build_info() {
@@ -165,6 +198,14 @@ Addresses are integers (tensor.data_ptr(), 0 for none) of memory that the caller
         "The k-th largest value of arrays of float (or double), and how many equal to it are among the k.",
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), "addresses"_a, "numels"_a, "is_double"_a,
         "k"_a, "threads"_a);
+  m.def("accumulate_saliency_cpu", checked_accumulate,
+        "Adds a gradient, its magnitude or its square to a running saliency of the same layout.",
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "total"_a, "total_is_double"_a, "grad"_a,
+        "grad_dtype"_a, "kind"_a, "numel"_a, "threads"_a);
+  m.def("accumulate_block_saliency_cpu", checked_accumulate_blocks,
+        "The same summed over blocks; csrc/accumulate_saliency.h describes view and block.",
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "total"_a, "total_is_double"_a, "grad"_a,
+        "grad_dtype"_a, "kind"_a, "view"_a, "block"_a, "threads"_a);
 #if PECKER_CUDA
   def_masked_adamw(m, "masked_adamw_cuda",
                    "masked_adamw_cpu in CUDA memory, one launch on a stream of the current device.",

@@ -1,4 +1,4 @@
-// The dtypes of dense weights, and the conversion of a float to each: to nearest even, NaN stays NaN.
+// The dtypes of dense weights, and the conversion of a float to each, to nearest even, and back. NaN stays NaN.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +57,24 @@ PECKER_HOST_DEVICE void convert(float x, Float16& out) {
   const std::uint32_t sum = bits_of(float_of(rounding) + scaled);
   const std::uint32_t half = ((sum >> 13) & 0x7C00u) + (sum & 0x0FFFu);
   out.bits = static_cast<std::uint16_t>((sign >> 16) | (magnitude > 0x7F800000u ? 0x7E00u : half));
+}
+
+PECKER_HOST_DEVICE float to_float(float x) {
+  return x;
+}
+
+PECKER_HOST_DEVICE float to_float(Bfloat16 x) {
+  return float_of(std::uint32_t{x.bits} << 16);
+}
+
+// Free of branches like the way there: the exponent of a normal half is shifted into place and rebased by a
+// multiplication, which also keeps infinity and NaN; a denormal half is the fraction of a float near 0.5.
+PECKER_HOST_DEVICE float to_float(Float16 x) {
+  const std::uint32_t sign = (std::uint32_t{x.bits} & 0x8000u) << 16;
+  const std::uint32_t magnitude = x.bits & 0x7FFFu;
+  const float normal = float_of((magnitude << 13) + 0x70000000u) * 0x1p-112f;
+  const float denormal = float_of(magnitude | 0x3F000000u) - 0.5f;
+  return float_of(sign | bits_of(magnitude < 0x0400u ? denormal : normal));
 }
 
 }  // namespace pecker

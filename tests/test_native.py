@@ -193,6 +193,60 @@ def test_unsafe_arguments_raise(arguments, message):
         native.load().masked_adamw_cpu(**({**addresses, "numel": 4, "threads": 1} | HYPER | arguments))
 
 
+def accumulate(total: torch.Tensor, grad: torch.Tensor, /, **arguments: object) -> None:
+    good = {"total": total.data_ptr(), "total_is_double": total.dtype == torch.float64, "grad": grad.data_ptr()}
+    good |= {"grad_dtype": DTYPES.index(grad.dtype), "kind": 1, "threads": 1}
+    blocks = "view" in arguments
+    good |= {"view": [1, 1, 1, 4], "block": [1, 1]} if blocks else {"numel": grad.numel()}
+    function = "accumulate_block_saliency_cpu" if blocks else "accumulate_saliency_cpu"
+    getattr(native.load(), function)(**(good | arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"view": [90, 1, 210, 9], "block": [1, 210]}, {"view": [90, 9, 210, 1], "block": [7, 64]}],
+    ids=["elements", "rows", "tiles"],
+)
+def test_saliency_is_the_same_for_every_isa_and_thread_count(dtype, wide, arguments):
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(90 * 9 * 210, generator=generator).to(dtype)
+    start = torch.randn(grad.shape, generator=generator, dtype=wide)  # for blocks more than is written
+    for kind in range(3):
+        results = []
+        for isa in supported_isas():
+            native.load().use_isa(isa)
+            for threads in (1, 2, 5):
+                results.append(start.clone())
+                accumulate(results[-1], grad, kind=kind, threads=threads, **arguments)
+        assert not torch.equal(results[0], start)
+        assert all(same_bits(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"threads": 0}, "threads >= 1"),
+        ({"numel": -1}, "numel >= 0"),
+        ({"grad": 0}, "addresses of total and grad"),
+        ({"total": 0}, "addresses of total and grad"),
+        ({"grad_dtype": 4}, "grad_dtype of 0"),
+        ({"kind": 3}, "kind of 0"),
+        ({"kind": -1}, "kind of 0"),
+        ({"view": [1, 1, -1, 4]}, "extents of the view >= 0"),
+        ({"view": [1, 1, 1, 4], "block": [1, 0]}, "extents of the block >= 1"),
+        ({"view": [1, 1, 1, 4], "grad": 0}, "address of grad"),
+        ({"view": [1, 1, 1, 4], "total": 0}, "address of total"),
+        ({"view": [1, 1, 1, 4], "threads": 0}, "threads >= 1"),
+        ({"view": [1, 1, 1, 4], "kind": 3}, "kind of 0"),
+    ],
+)
+def test_unsafe_accumulations_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        accumulate(torch.zeros(4), torch.zeros(4), **arguments)
+
+
 def select(values: torch.Tensor, k: int, **arguments: object) -> tuple[float, int]:
     good = {"addresses": [values.data_ptr()], "numels": [len(values)], "is_double": values.dtype == torch.float64}
     return native.load().select_threshold_cpu(**(good | {"k": k, "threads": 1} | arguments))

@@ -16,10 +16,11 @@ constexpr std::int64_t kShareAlignment = 16;  // floats in a cache line, so that
 // call: their start is small against a share, and none is left behind to trouble a fork. std::async's default
 // policy runs a share in the caller when the system refuses another thread.
 template <typename Work>
-void parallel_for(std::int64_t n, int threads, const Work& work) {
-  const std::int64_t shares = std::clamp<std::int64_t>(n / kMinShare, 1, threads);
+void parallel_for(std::int64_t n, int threads, const Work& work, std::int64_t min_share = kMinShare,
+                  std::int64_t alignment = kShareAlignment) {
+  const std::int64_t shares = std::clamp<std::int64_t>(n / min_share, 1, threads);
   const std::int64_t even = (n + shares - 1) / shares;
-  const std::int64_t share = (even + kShareAlignment - 1) / kShareAlignment * kShareAlignment;
+  const std::int64_t share = (even + alignment - 1) / alignment * alignment;
   std::vector<std::future<void>> helpers;
   for (std::int64_t begin = share; begin < n; begin += share) {
     helpers.push_back(std::async([&work, begin, end = std::min(begin + share, n)] { work(begin, end); }));

@@ -145,6 +145,7 @@ const SpanKernels PECKER_ISA::kernels = {
     {scatter<false>, scatter<true>},
     fence,
     &PECKER_ISA::select_kernels,
+    &PECKER_ISA::accumulate_kernels,
 };
 
 }  // namespace pecker

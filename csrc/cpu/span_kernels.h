@@ -6,6 +6,7 @@
 
 #include "../masked_adamw.h"
 #include "../scatter.h"
+#include "accumulate_kernels.h"
 #include "select_kernels.h"
 
 namespace pecker {
@@ -23,19 +24,23 @@ struct SpanKernels {
                              const ScatterTable& table);
   void (*fence)();
   const SelectKernels* select;
+  const AccumulateKernels* accumulate;
 };
 
 namespace avx512 {
 extern const SpanKernels kernels;
 extern const SelectKernels select_kernels;
+extern const AccumulateKernels accumulate_kernels;
 }
 namespace avx2 {
 extern const SpanKernels kernels;
 extern const SelectKernels select_kernels;
+extern const AccumulateKernels accumulate_kernels;
 }
 namespace scalar {
 extern const SpanKernels kernels;
 extern const SelectKernels select_kernels;
+extern const AccumulateKernels accumulate_kernels;
 }
 
 }  // namespace pecker

@@ -7,8 +7,11 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from pecker_fast import native
 from pecker_fast.blocks import BlockGrid
 from pecker_fast.ops.dispatch import Backend, Op, library
+from pecker_fast.ops.layout import is_dense, like_layout
+from pecker_fast.scatter import DTYPE_CODES
 
 Accumulate: TypeAlias = Literal["signed_sum", "abs", "square"]
 
@@ -26,6 +29,9 @@ def accumulate_saliency_(
     In plain torch: ``total += f(grad)`` with f(g) = g, ``|g|`` or ``g**2``; with ``grid`` its sum over each block.
     The signed sum is SalUn's: its magnitude is taken once, at the end (Fan et al. 2024, arXiv 2310.12508).
 
+    Per weight the "cpu" backend has the reference's bits. It sums blocks in float64, in an order that depends on the
+    layout of ``grad`` alone, so the number of threads does not change the result.
+
     Args:
         total: Running sums, float32 or float64: of ``grad``'s shape, or (num_blocks,) with ``grid``. Changed.
         grad: Gradient of one weight, any float dtype.
@@ -37,7 +43,8 @@ def accumulate_saliency_(
         ``total``.
 
     Raises:
-        ValueError: Unknown ``accumulate``, shapes that do not fit, or a ``total`` narrower than float32.
+        ValueError: Unknown ``accumulate``, shapes or devices that do not fit, a ``total`` narrower than float32, or a
+            ``grad`` that is not of a float dtype.
     """
     if accumulate not in get_args(Accumulate):
         raise ValueError(
@@ -51,8 +58,12 @@ def accumulate_saliency_(
         )
     if total.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"accumulate_saliency_: total must be float32 or float64, got {total.dtype}")
+    if not grad.is_floating_point() or grad.device != total.device:
+        raise ValueError(
+            f"accumulate_saliency_: expected grad of a float dtype on {total.device}, got {grad.dtype} on {grad.device}"
+        )
     view, block = (None, None) if grid is None else (grid.view, grid.block)
-    torch.ops.pecker_fast.accumulate_saliency_(total, grad, accumulate, view, block, backend)
+    torch.ops.pecker_fast.accumulate_saliency_(total.detach(), grad.detach(), accumulate, view, block, backend)
     return total
 
 
@@ -71,7 +82,55 @@ def accumulate_saliency_reference_(
     total.add_(grad)
 
 
-_OP = Op("accumulate_saliency_", {"reference": Backend(accumulate_saliency_reference_)})
+def _cpu(total: Tensor, grad: Tensor, accumulate: str, view: list[int] | None, block: list[int] | None) -> None:
+    if not is_dense(total):
+        dense = total.clone(memory_format=torch.contiguous_format)
+        _cpu(dense, grad, accumulate, view, block)
+        total.copy_(dense)
+        return
+    grad = grad if grad.dtype in DTYPE_CODES else grad.to(total.dtype)
+    if view is None or block is None:
+        _per_weight(total, like_layout(grad, total), accumulate)
+    elif block == [1, 1] and view[1:] == [1, 1]:
+        _per_weight(total, grad.contiguous().view(-1), accumulate)
+    else:
+        _per_block(total, grad, accumulate, view, block)
+
+
+def _per_weight(total: Tensor, grad: Tensor, accumulate: str) -> None:
+    native.load().accumulate_saliency_cpu(**_native_arguments(total, grad, accumulate), numel=total.numel())
+
+
+def _per_block(total: Tensor, grad: Tensor, accumulate: str, view: list[int], block: list[int]) -> None:
+    out, in_, taps = view
+    memory = [out, 1, in_, taps]
+    if grad.is_contiguous(memory_format=torch.channels_last) and view == [*grad.shape[:2], grad[0, 0].numel()]:
+        memory = [out, taps, in_, 1]
+    else:
+        grad = grad.contiguous()
+    arguments = _native_arguments(total, grad, accumulate)
+    native.load().accumulate_block_saliency_cpu(**arguments, view=memory, block=block)
+
+
+def _native_arguments(total: Tensor, grad: Tensor, accumulate: str) -> dict[str, object]:
+    return {
+        "total": total.data_ptr(),
+        "total_is_double": total.dtype == torch.float64,
+        "grad": grad.data_ptr(),
+        "grad_dtype": DTYPE_CODES[grad.dtype],
+        "kind": get_args(Accumulate).index(accumulate),
+        "threads": torch.get_num_threads(),
+    }
+
+
+_OP = Op(
+    "accumulate_saliency_",
+    {
+        "reference": Backend(accumulate_saliency_reference_),
+        "cpu": Backend(_cpu, devices=("cpu",), why_not=native.why_not),
+    },
+    prefer={"cpu": ("cpu",)},
+)
 
 library.define(
     "accumulate_saliency_(Tensor(a!) total, Tensor grad, str accumulate, int[]? view, int[]? block, str? backend) -> ()"
