@@ -1,4 +1,4 @@
-// The dtypes of dense weights, and the conversion of a float to each, to nearest even, and back. NaN stays NaN.
+// The dtypes of dense weights; conversion of a float to each and back: to nearest even, NaN stays NaN.
 #pragma once
 
 #include <cstdint>

@@ -4,9 +4,6 @@
 namespace pecker {
 namespace {
 
-// A sum is kept in this many parts, element i in part i % kParts of its run, whatever the instruction set.
-constexpr std::int64_t kParts = 16;
-
 template <typename Total, typename Grad>
 PECKER_HOST_DEVICE Total as(Grad grad) {
   return to_float(grad);
@@ -24,62 +21,54 @@ void add_elements(Total* __restrict total, const Grad* __restrict grad, std::int
 
 template <typename Total, typename Grad>
 void elements(void* total, const void* grad, SaliencyKind kind, std::int64_t begin, std::int64_t end) {
-  Total* to = static_cast<Total*>(total) + begin;
-  const Grad* from = static_cast<const Grad*>(grad) + begin;
-  switch (kind) {
-    case kSignedSum:
-      return add_elements<Total, kSignedSum>(to, from, end - begin);
-    case kAbs:
-      return add_elements<Total, kAbs>(to, from, end - begin);
-    default:
-      return add_elements<Total, kSquare>(to, from, end - begin);
-  }
+  const auto add = kind == kSignedSum ? add_elements<Total, kSignedSum, Grad>
+                   : kind == kAbs     ? add_elements<Total, kAbs, Grad>
+                                      : add_elements<Total, kSquare, Grad>;
+  add(static_cast<Total*>(total) + begin, static_cast<const Grad*>(grad) + begin, end - begin);
 }
 
 template <typename Total, SaliencyKind kKind, typename Grad>
 PECKER_HOST_DEVICE void add_run(const Grad* grad, std::int64_t n, double* parts) {
+  double sums[kParts];
+  for (int j = 0; j < kParts; ++j) sums[j] = parts[j];
   for (; n >= kParts; n -= kParts, grad += kParts) {
-    for (int j = 0; j < kParts; ++j) parts[j] += saliency_of(kKind, as<Total>(grad[j]));
+    for (int j = 0; j < kParts; ++j) sums[j] += saliency_of(kKind, as<Total>(grad[j]));
   }
+  for (int j = 0; j < kParts; ++j) parts[j] = sums[j];
   for (std::int64_t j = 0; j < n; ++j) parts[j] += saliency_of(kKind, as<Total>(grad[j]));
 }
 
+// All blocks of one row together, so that memory is read in order.
 template <typename Total, SaliencyKind kKind, typename Grad>
-double block_sum(const Grad* grad, const BlockLayout& layout, std::int64_t block) {
-  const std::int64_t row = block / layout.columns() * layout.block_out;
-  const std::int64_t column = block % layout.columns() * layout.block_in;
-  const std::int64_t height = layout.out - row < layout.block_out ? layout.out - row : layout.block_out;
-  const std::int64_t width = layout.in - column < layout.block_in ? layout.in - column : layout.block_in;
-  double parts[kParts] = {};
-  for (std::int64_t run = row * layout.repeat; run < (row + height) * layout.repeat; ++run) {
-    add_run<Total, kKind>(grad + (run * layout.in + column) * layout.unit, width * layout.unit, parts);
+void add_block_row(Total* total, const Grad* grad, const BlockLayout& layout, std::int64_t row,
+                   double* parts) {
+  const std::int64_t begin = row * layout.block_out, columns = layout.columns();
+  const std::int64_t end = begin + layout.block_out < layout.out ? begin + layout.block_out : layout.out;
+  for (std::int64_t j = 0; j < columns * kParts; ++j) parts[j] = 0;
+  for (std::int64_t run = begin * layout.repeat; run < end * layout.repeat; ++run) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      const std::int64_t from = c * layout.block_in;
+      const std::int64_t width = layout.in - from < layout.block_in ? layout.in - from : layout.block_in;
+      const Grad* data = grad + (run * layout.in + from) * layout.unit;
+      add_run<Total, kKind>(data, width * layout.unit, parts + c * kParts);
+    }
   }
-  double sum = 0;
-  for (int j = 0; j < kParts; ++j) sum += parts[j];
-  return sum;
-}
-
-template <typename Total, SaliencyKind kKind, typename Grad>
-void add_blocks(Total* total, const Grad* grad, const BlockLayout& layout, std::int64_t begin,
-                std::int64_t end) {
-  for (std::int64_t block = begin; block < end; ++block) {
-    total[block] = static_cast<Total>(total[block] + block_sum<Total, kKind>(grad, layout, block));
+  for (std::int64_t c = 0; c < columns; ++c) {
+    double sum = 0;
+    for (int j = 0; j < kParts; ++j) sum += parts[c * kParts + j];
+    total[row * columns + c] = static_cast<Total>(total[row * columns + c] + sum);
   }
 }
 
 template <typename Total, typename Grad>
 void blocks(void* total, const void* grad, SaliencyKind kind, const BlockLayout& layout, std::int64_t begin,
-            std::int64_t end) {
+            std::int64_t end, double* parts) {
   Total* to = static_cast<Total*>(total);
   const Grad* from = static_cast<const Grad*>(grad);
-  switch (kind) {
-    case kSignedSum:
-      return add_blocks<Total, kSignedSum>(to, from, layout, begin, end);
-    case kAbs:
-      return add_blocks<Total, kAbs>(to, from, layout, begin, end);
-    default:
-      return add_blocks<Total, kSquare>(to, from, layout, begin, end);
-  }
+  const auto add_row = kind == kSignedSum ? add_block_row<Total, kSignedSum, Grad>
+                       : kind == kAbs     ? add_block_row<Total, kAbs, Grad>
+                                          : add_block_row<Total, kSquare, Grad>;
+  for (std::int64_t row = begin; row < end; ++row) add_row(to, from, layout, row, parts);
 }
 
 }  // namespace

@@ -16,14 +16,14 @@ void accumulate_saliency_cpu(const SaliencyTotal& total, const SaliencyGrad& gra
 void accumulate_block_saliency_cpu(const SaliencyTotal& total, const SaliencyGrad& grad,
                                    const BlockLayout& layout, int threads) {
   const auto add = selected_kernels().accumulate->blocks[total.is_double][grad.dtype];
-  const std::int64_t blocks = layout.rows() * layout.columns();
-  const std::int64_t numel = layout.out * layout.repeat * layout.in * layout.unit;
-  const std::int64_t block_numel = numel / std::max<std::int64_t>(blocks, 1);
-  const std::int64_t min_share = kMinShare / std::clamp<std::int64_t>(block_numel, 1, kMinShare);
+  const std::int64_t rows = layout.rows();
+  const std::int64_t row_numel = layout.block_out * layout.repeat * layout.in * layout.unit;
+  const std::int64_t min_share = kMinShare / std::clamp<std::int64_t>(row_numel, 1, kMinShare);
   parallel_for(
-      blocks, threads,
+      rows, threads,
       [&](std::int64_t begin, std::int64_t end) {
-        add(total.data, grad.data, grad.kind, layout, begin, end);
+        std::vector<double> parts(layout.columns() * kParts);
+        add(total.data, grad.data, grad.kind, layout, begin, end, parts.data());
       },
       min_share, 1);
 }
