@@ -30,6 +30,12 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+SaliencyKind checked_kind(int kind) {
+  check(0 <= kind && kind < kSaliencyKinds,
+        "expected a saliency kind of 0 (signed sum), 1 (abs) or 2 (square)");
+  return static_cast<SaliencyKind>(kind);
+}
+
 ScatterTable scatter_table(Address dense_pointers, Address dense_dtypes, Address run_parameter,
                            Address run_dense_offset, Address run_flat_offset, std::int64_t num_parameters,
                            std::int64_t num_runs) {
@@ -69,9 +75,9 @@ template <typename Where>
 void def_masked_adamw(py::module_& m, const char* name, const char* doc, const py::arg& where_name,
                       void (*step)(const AdamwBuffers&, const AdamwConstants&, const ScatterTable&, Where)) {
   const auto function = [step](Address value, Address grad, Address exp_avg, Address exp_avg_sq, Address ema,
-                               std::int64_t numel, std::int64_t number, double lr, double beta1, double beta2,
+                               Address saliency, std::int64_t numel, std::int64_t number, double lr, double beta1, double beta2,
                                double eps, double weight_decay, double clip_value, double ema_decay,
-                               Address dense_pointers, Address dense_dtypes, Address run_parameter,
+                               int saliency_kind, Address dense_pointers, Address dense_dtypes, Address run_parameter,
                                Address run_dense_offset, Address run_flat_offset, std::int64_t num_parameters,
                                std::int64_t num_runs, Where where) {
     check(numel >= 0, "expected numel >= 0");
@@ -80,16 +86,17 @@ void def_masked_adamw(py::module_& m, const char* name, const char* doc, const p
           "expected the addresses of value, grad and exp_avg_sq");
     check(numel == 0 || exp_avg || beta1 == 0.0, "expected the address of exp_avg when beta1 is not 0");
     const AdamwBuffers buffers{at<float>(value),      at<float>(grad), at<float>(exp_avg),
-                               at<float>(exp_avg_sq), at<float>(ema),  numel};
-    const AdamwSettings settings{number, lr, beta1, beta2, eps, weight_decay, clip_value, ema_decay};
+                               at<float>(exp_avg_sq), at<float>(ema),  at<float>(saliency), numel};
+    const AdamwSettings settings{number,       lr,         beta1,     beta2,                      eps,
+                                 weight_decay, clip_value, ema_decay, checked_kind(saliency_kind)};
     const ScatterTable table = scatter_table(dense_pointers, dense_dtypes, run_parameter, run_dense_offset,
                                              run_flat_offset, num_parameters, num_runs);
     step(buffers, adamw_constants(settings), table, where);
   };
   m.def(name, function, doc, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "value"_a, "grad"_a,
-        "exp_avg"_a, "exp_avg_sq"_a, "ema"_a, "numel"_a, "step"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
+        "exp_avg"_a, "exp_avg_sq"_a, "ema"_a, "saliency"_a, "numel"_a, "step"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
         "weight_decay"_a, "clip_value"_a = std::numeric_limits<double>::infinity(), "ema_decay"_a = 0.0,
-        "dense_pointers"_a = 0, "dense_dtypes"_a = 0, "run_parameter"_a = 0, "run_dense_offset"_a = 0,
+        "saliency_kind"_a = 0, "dense_pointers"_a = 0, "dense_dtypes"_a = 0, "run_parameter"_a = 0, "run_dense_offset"_a = 0,
         "run_flat_offset"_a = 0, "num_parameters"_a = 0, "num_runs"_a = 0, where_name);
 }
 
@@ -146,8 +153,7 @@ std::pair<double, std::int64_t> checked_select_threshold(const std::vector<Addre
 SaliencyGrad saliency_grad(Address grad, int dtype, int kind) {
   check(0 <= dtype && dtype < kDenseDtypes,
         "expected grad_dtype of 0 (float32), 1 (bfloat16), 2 (float16) or 3 (float64)");
-  check(0 <= kind && kind < kSaliencyKinds, "expected kind of 0 (signed sum), 1 (abs) or 2 (square)");
-  return {at<void>(grad), static_cast<DenseDtype>(dtype), static_cast<SaliencyKind>(kind)};
+  return {at<void>(grad), static_cast<DenseDtype>(dtype), checked_kind(kind)};
 }
 
 void checked_accumulate(Address total, bool total_is_double, Address grad, int grad_dtype, int kind,
@@ -187,7 +193,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = R"(Native kernels of pecker_fast.
 
 Addresses are integers (tensor.data_ptr(), 0 for none) of memory that the caller keeps. Buffers are float32
-(numel,); exp_avg and ema may be 0. csrc/scatter.h describes the scatter table; without runs it may be 0.)";
+(numel,); exp_avg, ema and saliency may be 0. csrc/scatter.h describes the scatter table; without runs it may
+be 0.)";
 
   def_masked_adamw(m, "masked_adamw_cpu",
                    "One AdamW step on flat buffers, and the new values to the dense tensors.", "threads"_a,

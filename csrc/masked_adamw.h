@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "accumulate_saliency.h"
 #include "host_device.h"
 #include "scatter.h"
 
@@ -17,6 +18,7 @@ struct AdamwSettings {
   double lr, beta1, beta2, eps, weight_decay;
   double clip_value;  // infinity: gradients are not clipped
   double ema_decay;
+  SaliencyKind saliency_kind;
 };
 
 struct AdamwConstants {
@@ -29,6 +31,7 @@ struct AdamwConstants {
   float eps;
   float clip_value;
   float one_minus_ema_decay;
+  SaliencyKind saliency_kind;
 };
 
 struct AdamwBuffers {
@@ -37,6 +40,7 @@ struct AdamwBuffers {
   float* exp_avg;     // [numel], or null: no first moment (beta1 = 0)
   float* exp_avg_sq;  // [numel]
   float* ema;         // [numel], or null: no moving average of the values
+  float* saliency;    // [numel], or null: the gradients are not added up
   std::int64_t numel;
 };
 
@@ -53,6 +57,7 @@ inline AdamwConstants adamw_constants(const AdamwSettings& s) {
   c.eps = static_cast<float>(s.eps);
   c.clip_value = static_cast<float>(s.clip_value);
   c.one_minus_ema_decay = static_cast<float>(1.0 - s.ema_decay);
+  c.saliency_kind = s.saliency_kind;
   return c;
 }
 
@@ -62,17 +67,21 @@ PECKER_HOST_DEVICE float clamp(float x, float limit) {
   return x < -limit ? -limit : x;
 }
 
-// Updates one weight w with gradient g: m and v are the moments, ema the average of w. Without a first moment
-// (or an average) the caller passes a dummy for it.
-template <bool kHasExpAvg, bool kHasEma>
-PECKER_HOST_DEVICE void adamw_update(const AdamwConstants& c, float g, float& w, float& m, float& v,
-                                     float& ema) {
+// What is kept for one weight; members without a buffer are dummies.
+struct AdamwState {
+  float value, exp_avg, exp_avg_sq, ema, saliency;
+};
+
+// The saliency is that of the gradient as it comes, before it is clipped.
+template <bool kHasExpAvg, bool kHasEma, bool kHasSaliency>
+PECKER_HOST_DEVICE void adamw_update(const AdamwConstants& c, float g, AdamwState& s) {
+  if (kHasSaliency) s.saliency = s.saliency + saliency_of(c.saliency_kind, g);
   g = clamp(g, c.clip_value);
-  w = w * c.decay;
-  m = kHasExpAvg ? m + c.one_minus_beta1 * (g - m) : g;
-  v = c.beta2 * v + c.one_minus_beta2 * (g * g);
-  w = w - c.step_size * (m / (sqrtf(v) / c.bias2_sqrt + c.eps));
-  if (kHasEma) ema = ema + c.one_minus_ema_decay * (w - ema);
+  s.value = s.value * c.decay;
+  s.exp_avg = kHasExpAvg ? s.exp_avg + c.one_minus_beta1 * (g - s.exp_avg) : g;
+  s.exp_avg_sq = c.beta2 * s.exp_avg_sq + c.one_minus_beta2 * (g * g);
+  s.value = s.value - c.step_size * (s.exp_avg / (sqrtf(s.exp_avg_sq) / c.bias2_sqrt + c.eps));
+  if (kHasEma) s.ema = s.ema + c.one_minus_ema_decay * (s.value - s.ema);
 }
 
 // The CPU's buffers and table are in host memory, the GPU's in that of the current device; the stream is its.

@@ -32,9 +32,11 @@ def supported_isas() -> list[str]:
     return supported
 
 
-def make_buffers(numel: int, *, exp_avg: bool = True, ema: bool = True) -> dict[str, torch.Tensor | None]:
+def make_buffers(
+    numel: int, *, exp_avg: bool = True, ema: bool = True, saliency: bool = True
+) -> dict[str, torch.Tensor | None]:
     generator = torch.Generator().manual_seed(numel)
-    value, grad, first, second, average = torch.randn(5, numel, generator=generator).unbind()
+    value, grad, first, second, average, total = torch.randn(6, numel, generator=generator).unbind()
     grad[::97] = math.nan
     return {
         "value": value.clone(),
@@ -42,6 +44,7 @@ def make_buffers(numel: int, *, exp_avg: bool = True, ema: bool = True) -> dict[
         "exp_avg": first.clone() if exp_avg else None,
         "exp_avg_sq": second.square(),
         "ema": average.clone() if ema else None,
+        "saliency": total.clone() if saliency else None,
     }
 
 
@@ -107,16 +110,17 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 @pytest.mark.parametrize("exp_avg, ema", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("saliency_kind", [None, 0, 1, 2])
 @pytest.mark.parametrize("numel", [0, 1, 15, 2049, 300_007])
-def test_every_isa_and_thread_count_gives_the_same_bits(numel, exp_avg, ema):
+def test_every_isa_and_thread_count_gives_the_same_bits(numel, exp_avg, ema, saliency_kind):
     beta1 = 0.9 if exp_avg else 0.0
     results = []
     for isa in supported_isas():
         for threads in (1, 2, 3):
             native.load().use_isa(isa)
-            buffers = make_buffers(numel, exp_avg=exp_avg, ema=ema)
+            buffers = make_buffers(numel, exp_avg=exp_avg, ema=ema, saliency=saliency_kind is not None)
             table = make_table(numel, torch.bfloat16, (1, 1, 500, 7))
-            step(buffers, table, beta1=beta1, threads=threads)
+            step(buffers, table, beta1=beta1, threads=threads, saliency_kind=saliency_kind or 0)
             results.append([*buffers.values(), *table.dense])
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
@@ -125,6 +129,7 @@ def test_every_isa_and_thread_count_gives_the_same_bits(numel, exp_avg, ema):
 def test_step_is_the_formula():
     b, hyper = make_buffers(1000), HYPER
     expected = {name: buffer.double() for name, buffer in b.items()}
+    expected["saliency"] += expected["grad"].abs()
     g = expected["grad"].clamp(-0.5, 0.5)
     expected["exp_avg"].lerp_(g, 1 - hyper["beta1"])
     expected["exp_avg_sq"].lerp_(g.square(), 1 - hyper["beta2"])
@@ -132,7 +137,7 @@ def test_step_is_the_formula():
     update = expected["exp_avg"] / (1 - hyper["beta1"] ** 3) / denominator
     expected["value"] += -hyper["lr"] * hyper["weight_decay"] * expected["value"] - hyper["lr"] * update
     expected["ema"].lerp_(expected["value"], 1 - 0.99)
-    step(b)
+    step(b, saliency_kind=1)
     for name, buffer in b.items():
         torch.testing.assert_close(buffer.double(), expected[name], rtol=1e-5, atol=1e-6, equal_nan=True)
 
@@ -185,6 +190,7 @@ def test_without_runs_nothing_is_scattered():
         ({"num_runs": 1}, "five arrays"),
         ({"exp_avg": 0}, "exp_avg when beta1 is not 0"),
         ({"grad": 0}, "addresses of value, grad"),
+        ({"saliency_kind": 3}, "a saliency kind of 0"),
     ],
 )
 def test_unsafe_arguments_raise(arguments, message):
@@ -232,8 +238,8 @@ def test_saliency_is_the_same_for_every_isa_and_thread_count(dtype, wide, argume
         ({"grad": 0}, "addresses of total and grad"),
         ({"total": 0}, "addresses of total and grad"),
         ({"grad_dtype": 4}, "grad_dtype of 0"),
-        ({"kind": 3}, "kind of 0"),
-        ({"kind": -1}, "kind of 0"),
+        ({"kind": 3}, "a saliency kind of 0"),
+        ({"kind": -1}, "a saliency kind of 0"),
         ({"view": [1, 1, -1, 4]}, "extents of the view >= 0"),
         ({"view": [1, 1, 1, 4], "block": [1, 0]}, "extents of the block >= 1"),
         ({"view": [1, 1, 1, 4], "grad": 0}, "address of grad"),

@@ -13,7 +13,8 @@ constexpr std::int64_t kChunk =
 void masked_adamw_cpu(const AdamwBuffers& buffers, const AdamwConstants& constants, const ScatterTable& table,
                       int threads) {
   const SpanKernels& kernels = selected_kernels();
-  const auto update = kernels.update[buffers.exp_avg != nullptr][buffers.ema != nullptr];
+  const auto update =
+      kernels.update[buffers.exp_avg != nullptr][buffers.ema != nullptr][buffers.saliency != nullptr];
   const bool streams = buffers.numel >= kStreamAbove;
   parallel_for(buffers.numel, threads, [&](std::int64_t begin, std::int64_t end) {
     std::int64_t run = find_run(table, begin, 0, table.num_runs - 1);

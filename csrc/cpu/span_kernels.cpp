@@ -15,26 +15,27 @@ constexpr std::int64_t kShortRun = 16;
 // Runs from this on may be streamed: some whole cache lines, besides a broken one at each end.
 constexpr std::int64_t kStreamedRun = 64;
 
-template <bool kHasExpAvg, bool kHasEma>
+template <bool kHasExpAvg, bool kHasEma, bool kHasSaliency>
 void update_arrays(const AdamwConstants c, std::int64_t n, const float* __restrict grad,
                    float* __restrict value, float* __restrict exp_avg, float* __restrict exp_avg_sq,
-                   float* __restrict ema) {
+                   float* __restrict ema, float* __restrict saliency) {
   for (std::int64_t i = 0; i < n; ++i) {
-    float w = value[i], v = exp_avg_sq[i];
-    float m = kHasExpAvg ? exp_avg[i] : 0.f, average = kHasEma ? ema[i] : 0.f;
-    adamw_update<kHasExpAvg, kHasEma>(c, grad[i], w, m, v, average);
-    value[i] = w;
-    exp_avg_sq[i] = v;
-    if (kHasExpAvg) exp_avg[i] = m;
-    if (kHasEma) ema[i] = average;
+    AdamwState s{value[i], kHasExpAvg ? exp_avg[i] : 0.f, exp_avg_sq[i], kHasEma ? ema[i] : 0.f,
+                 kHasSaliency ? saliency[i] : 0.f};
+    adamw_update<kHasExpAvg, kHasEma, kHasSaliency>(c, grad[i], s);
+    value[i] = s.value;
+    exp_avg_sq[i] = s.exp_avg_sq;
+    if (kHasExpAvg) exp_avg[i] = s.exp_avg;
+    if (kHasEma) ema[i] = s.ema;
+    if (kHasSaliency) saliency[i] = s.saliency;
   }
 }
 
-template <bool kHasExpAvg, bool kHasEma>
+template <bool kHasExpAvg, bool kHasEma, bool kHasSaliency>
 void update(const AdamwBuffers& b, const AdamwConstants& c, std::int64_t begin, std::int64_t end) {
-  update_arrays<kHasExpAvg, kHasEma>(c, end - begin, b.grad + begin, b.value + begin,
-                                     kHasExpAvg ? b.exp_avg + begin : nullptr, b.exp_avg_sq + begin,
-                                     kHasEma ? b.ema + begin : nullptr);
+  update_arrays<kHasExpAvg, kHasEma, kHasSaliency>(
+      c, end - begin, b.grad + begin, b.value + begin, kHasExpAvg ? b.exp_avg + begin : nullptr,
+      b.exp_avg_sq + begin, kHasEma ? b.ema + begin : nullptr, kHasSaliency ? b.saliency + begin : nullptr);
 }
 
 template <bool kStream, typename Dense>
@@ -141,7 +142,10 @@ void fence() {
 }  // namespace
 
 const SpanKernels PECKER_ISA::kernels = {
-    {{update<false, false>, update<false, true>}, {update<true, false>, update<true, true>}},
+    {{{update<false, false, false>, update<false, false, true>},
+      {update<false, true, false>, update<false, true, true>}},
+     {{update<true, false, false>, update<true, false, true>},
+      {update<true, true, false>, update<true, true, true>}}},
     {scatter<false>, scatter<true>},
     fence,
     &PECKER_ISA::select_kernels,

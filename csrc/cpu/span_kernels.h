@@ -15,9 +15,9 @@ namespace pecker {
 constexpr std::int64_t kStreamAbove = 4 << 20;
 
 struct SpanKernels {
-  // AdamW, indexed [has exp_avg][has ema].
-  void (*update[2][2])(const AdamwBuffers& buffers, const AdamwConstants& constants, std::int64_t begin,
-                       std::int64_t end);
+  // AdamW, indexed [has exp_avg][has ema][has saliency].
+  void (*update[2][2][2])(const AdamwBuffers& buffers, const AdamwConstants& constants, std::int64_t begin,
+                          std::int64_t end);
   // Scatters the span, whose first element lies in `run`; returns the run of element `end`.
   // Indexed [past the caches]: for more than they hold, when nobody reads the weights soon; then fence() too.
   std::int64_t (*scatter[2])(const float* value, std::int64_t begin, std::int64_t end, std::int64_t run,

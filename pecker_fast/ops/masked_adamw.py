@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from pecker_fast import native
+from pecker_fast.ops.accumulate_saliency import Accumulate, accumulate_saliency_reference_
 from pecker_fast.ops.dispatch import Backend, Op, library
 from pecker_fast.scatter import ScatterTable, native_table
 
@@ -28,6 +29,8 @@ def masked_adamw_(
     clip_value: float = math.inf,
     ema: Tensor | None = None,
     ema_decay: float = 0.0,
+    saliency: Tensor | None = None,
+    saliency_kind: Accumulate = "abs",
     scatter: ScatterTable | None = None,
     backend: str | None = None,
 ) -> None:
@@ -35,6 +38,7 @@ def masked_adamw_(
 
     In plain torch, with t = ``step``::
 
+        saliency += f(grad)                                 # as in accumulate_saliency_
         g = grad.clamp(-clip_value, clip_value)
         value *= 1 - lr * weight_decay
         exp_avg += (1 - beta1) * (g - exp_avg)              # g itself where there is no first moment: beta1 = 0
@@ -59,13 +63,17 @@ def masked_adamw_(
         clip_value: Gradients are clipped to this magnitude; NaN stays NaN.
         ema: Running average of the weights, like ``value``, or None. Changed.
         ema_decay: Its decay.
+        saliency: Running saliency of the gradient as it comes, like ``value``, or None. Changed.
+        saliency_kind: "signed_sum", "abs" or "square".
         scatter: Where the new values go in the dense weights; None leaves those alone. Their tensors are changed.
         backend: Name of a backend, or None for the best one.
 
     Raises:
-        ValueError: Buffers of another shape, dtype, device or layout, ``step`` < 1, or no first moment with beta1 > 0.
+        ValueError: Buffers of another shape, dtype, device or layout, ``step`` < 1, no first moment with beta1 > 0,
+            or an unknown ``saliency_kind``.
     """
-    buffers = {"value": value, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
+    buffers = {"value": value, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    buffers |= {"ema": ema, "saliency": saliency}
     for name, buffer in buffers.items():
         if buffer is not None:
             _check_buffer(name, buffer, value)
@@ -73,13 +81,16 @@ def masked_adamw_(
         raise ValueError(f"masked_adamw_: exp_avg is None, which needs beta1 = 0, got beta1 = {beta1}")
     if step < 1:
         raise ValueError(f"masked_adamw_: step counts from 1, got {step}")
+    if saliency_kind not in get_args(Accumulate):
+        kinds = ", ".join(get_args(Accumulate))
+        raise ValueError(f"masked_adamw_: saliency_kind must be one of {kinds}, got {saliency_kind!r}")
     if scatter is not None and scatter.numel != value.numel():
         raise ValueError(f"masked_adamw_: scatter is for {scatter.numel} weights, value has {value.numel()}")
     # The kernels are float32; masters of a float64 model train by the reference.
     name = _OP.choose(value.device, "reference" if value.dtype == torch.float64 else backend)
     table = [] if scatter is None or scatter.is_empty or name == "reference" else scatter.tensors()
-    hyper = (step, lr, beta1, beta2, eps, weight_decay, clip_value, ema_decay)
-    torch.ops.pecker_fast.masked_adamw_(value, grad, exp_avg, exp_avg_sq, ema, table, *hyper, name)
+    hyper = (step, lr, beta1, beta2, eps, weight_decay, clip_value, ema_decay, saliency_kind)
+    torch.ops.pecker_fast.masked_adamw_(value, grad, exp_avg, exp_avg_sq, ema, saliency, table, *hyper, name)
     if name == "reference" and scatter is not None:
         scatter.scatter_reference_(value)
 
@@ -90,6 +101,7 @@ def masked_adamw_reference_(
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     ema: Tensor | None,
+    saliency: Tensor | None,
     table: list[Tensor],
     step: int,
     lr: float,
@@ -99,12 +111,15 @@ def masked_adamw_reference_(
     weight_decay: float,
     clip_value: float,
     ema_decay: float,
+    saliency_kind: str,
 ) -> None:
     """Plain-torch twin of ``masked_adamw_``, without the scatter.
 
     Products and sums are separate calls, because torch's combined ones round once where the kernels round twice; the
     root goes through double, because torch's float root on the CPU is not always the nearest float.
     """
+    if saliency is not None:
+        accumulate_saliency_reference_(saliency, grad, saliency_kind, None, None)
     g = grad.clamp(-clip_value, clip_value)
     value.mul_(1 - lr * weight_decay)
     if exp_avg is not None:
@@ -133,14 +148,17 @@ def _native_arguments(
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     ema: Tensor | None,
+    saliency: Tensor | None,
     table: list[Tensor],
     *hyper: Any,
 ) -> dict[str, Any]:
     """What the native module takes: addresses, sizes and numbers by name."""
-    buffers = {"value": value, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "ema": ema}
+    buffers = {"value": value, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    buffers |= {"ema": ema, "saliency": saliency}
     addresses = {name: 0 if buffer is None else buffer.data_ptr() for name, buffer in buffers.items()}
-    names = ("step", "lr", "beta1", "beta2", "eps", "weight_decay", "clip_value", "ema_decay")
+    names = ("step", "lr", "beta1", "beta2", "eps", "weight_decay", "clip_value", "ema_decay", "saliency_kind")
     numbers = dict(zip(names, hyper, strict=True))
+    numbers["saliency_kind"] = get_args(Accumulate).index(numbers["saliency_kind"])
     return {**addresses, "numel": value.numel(), **native_table(table), **numbers}
 
 
@@ -168,8 +186,8 @@ _OP = Op(
 
 library.define(
     "masked_adamw_(Tensor(a!) value, Tensor grad, Tensor(b!)? exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? ema, "
-    "Tensor[] table, int step, float lr, float beta1, float beta2, float eps, float weight_decay, float clip_value, "
-    "float ema_decay, str backend) -> ()"
+    "Tensor(e!)? saliency, Tensor[] table, int step, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, float clip_value, float ema_decay, str saliency_kind, str backend) -> ()"
 )
 
 

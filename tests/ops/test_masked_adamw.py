@@ -8,7 +8,7 @@ from budget import assert_within_budget
 
 from pecker_fast import backends
 from pecker_fast.blocks import BlockGrid, ParameterMask
-from pecker_fast.ops import masked_adamw_
+from pecker_fast.ops import accumulate_saliency_, masked_adamw_
 from pecker_fast.scatter import ScatterTable, Target
 
 needs_native = pytest.mark.skipif(
@@ -22,7 +22,12 @@ SETTINGS = [
     {"beta1": 0.9, "weight_decay": 0.1, "clip_value": 0.5},
     {"beta1": 0.0, "beta2": 0.99, "clip_value": 1.0, "ema_decay": 0.98},
     {"beta1": 0.0, "weight_decay": 0.01, "eps": 1e-4, "ema_decay": 0.9999},
+    {"beta1": 0.9, "clip_value": 0.5, "saliency_kind": "abs"},
+    {"beta1": 0.0, "clip_value": 0.5, "saliency_kind": "square"},
+    {"beta1": 0.0, "ema_decay": 0.98, "saliency_kind": "signed_sum"},
+    {"beta1": 0.9, "ema_decay": 0.98, "saliency_kind": "square"},
 ]
+SALIENCY = {"signed_sum": lambda g: g, "abs": torch.abs, "square": torch.square}
 
 
 def buffers(n, settings, dtype=torch.float32):
@@ -32,23 +37,26 @@ def buffers(n, settings, dtype=torch.float32):
         "exp_avg": torch.randn(n, dtype=dtype) if settings["beta1"] else None,
         "exp_avg_sq": torch.rand(n, dtype=dtype),
         "ema": value.clone() if "ema_decay" in settings else None,
+        "saliency": torch.rand(n, dtype=dtype) if "saliency_kind" in settings else None,
     }
 
 
 def run(state, grads, settings, backend=None, **extra):
     for step, grad in enumerate(grads, 1):
         masked_adamw_(
-            state["value"], grad, state["exp_avg"], state["exp_avg_sq"], ema=state["ema"], step=step, lr=1e-2,
-            backend=backend, **settings, **extra,
+            state["value"], grad, state["exp_avg"], state["exp_avg_sq"], ema=state["ema"],
+            saliency=state["saliency"], step=step, lr=1e-2, backend=backend, **settings, **extra,
         )  # fmt: skip
     return state
 
 
 def truth_of(state, grads, settings):
     """The definition in float64, written out once more and independently of the reference."""
-    w, m, v, ema = (None if b is None else b.double().clone() for b in state.values())
+    w, m, v, ema, saliency = (None if b is None else b.double().clone() for b in state.values())
     s = {"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_value": math.inf, "ema_decay": 0.0} | settings
     for step, grad in enumerate(grads, 1):
+        if saliency is not None:
+            saliency = saliency + SALIENCY[s["saliency_kind"]](grad.double())  # not clipped
         g = grad.double().clamp(-s["clip_value"], s["clip_value"])
         w = w * (1 - 1e-2 * s["weight_decay"])
         m = g if m is None else s["beta1"] * m + (1 - s["beta1"]) * g
@@ -57,7 +65,7 @@ def truth_of(state, grads, settings):
         w = w - 1e-2 * m_hat / (v_hat.sqrt() + s["eps"])
         ema = None if ema is None else s["ema_decay"] * ema + (1 - s["ema_decay"]) * w
         m = None if state["exp_avg"] is None else m
-    return {"value": w, "exp_avg": m, "exp_avg_sq": v, "ema": ema}
+    return {"value": w, "exp_avg": m, "exp_avg_sq": v, "ema": ema, "saliency": saliency}
 
 
 def clone(state):
@@ -132,6 +140,23 @@ def test_nan_gradients_stay_visible(backend):
     assert state["value"].isnan().nonzero().flatten().tolist() == [7]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", SALIENCY)
+def test_saliency_is_that_of_accumulate_saliency_and_changes_no_step(backend, kind):
+    settings = {"beta1": 0.9, "clip_value": 0.5}
+    state, grads = buffers(5000, settings), [torch.randn(5000) for _ in range(3)]
+    grads[1][:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    alone = run(clone(state), grads, settings, backend)
+    total = torch.zeros(5000)
+    got = run(clone(state) | {"saliency": total}, grads, settings | {"saliency_kind": kind}, backend)
+    for name in ("value", "exp_avg", "exp_avg_sq"):
+        torch.testing.assert_close(got[name], alone[name], rtol=0, atol=0, equal_nan=True)
+    expected = torch.zeros(5000)
+    for grad in grads:
+        accumulate_saliency_(expected, grad, kind)
+    torch.testing.assert_close(total, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_bad_arguments_change_nothing():
     value, grad, square = torch.ones(8), torch.ones(8), torch.ones(8)
     good = {"step": 1, "lr": 0.1}
@@ -142,6 +167,10 @@ def test_bad_arguments_change_nothing():
         ((value, grad, None, square), {"beta1": 0.9}),
         ((value, grad, None, square), {"beta1": 0.0, "step": 0}),
         ((value, grad, None, square), {"beta1": 0.0, "backend": "opencl"}),
+        ((value, grad, None, square), {"beta1": 0.0, "saliency": torch.zeros(7)}),
+        ((value, grad, None, square), {"beta1": 0.0, "saliency": torch.zeros(8).bfloat16()}),
+        ((value, grad, None, square), {"beta1": 0.0, "saliency": torch.zeros(16)[::2]}),
+        ((value, grad, None, square), {"beta1": 0.0, "saliency": torch.zeros(8), "saliency_kind": "cube"}),
     ):
         with pytest.raises(ValueError):
             masked_adamw_(*arguments, **(good | extra))
@@ -152,8 +181,9 @@ def test_bad_arguments_change_nothing():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    hyper = (1, 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 0.0)
-    arguments = (torch.randn(9), torch.randn(9), torch.randn(9), torch.rand(9), torch.randn(9), [], *hyper, backend)
+    hyper = (1, 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 0.0, "abs")
+    state = (torch.randn(9), torch.randn(9), torch.randn(9), torch.rand(9), torch.randn(9), torch.zeros(9))
+    arguments = (*state, [], *hyper, backend)
     torch.library.opcheck(torch.ops.pecker_fast.masked_adamw_, arguments)
 
 
