@@ -10,11 +10,13 @@ from measure import ROWS, Row, race
 from torch import nn
 
 from pecker_fast import BlockMask, MaskedAdamW, apply_mask
+from pecker_fast.ops import accumulate_saliency_
 
 LAYERS = 42
 CHANNELS = 512
 """42 3x3 convolutions of 512 channels: 99 million weights."""
 CASES = [(0.1, "row"), (0.1, (64, 64)), (0.1, "element"), (0.25, "row"), (0.5, "row"), (0.9, "row"), (1.0, "row")]
+SALIENCY_BYTES = 8  # read and written; in a pass of its own the gradient is read once more
 OURS_BYTES, SCATTER_BYTES = 28, 4  # value, moments: read and written; gradient: read; dense weight: written
 FUSED_BYTES, PUBLISHED_BYTES = 28, 72 + 16  # published: foreach Adam, an int64 mask and the gradient it multiplies
 
@@ -97,3 +99,30 @@ def bench_masked_adamw(benchmark, dense, copy_bandwidth, density, block):
         row = Row(f"masked AdamW, {block}", name, mask.density, 1e3 * seconds["ours"], 1e3 * theirs, work, share)
         ROWS.append(row)
         benchmark.extra_info[name] = {"ratio": row.ratio, "work": work, "share": share}
+
+
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def bench_score_and_update(benchmark, dense, copy_bandwidth, density):
+    mask = BlockMask.random(dense, density, "row")
+    ours, theirs = masked_optimizer(dense, mask, saliency="abs"), masked_optimizer(dense, mask)
+    total = torch.zeros_like(theirs.active.grads)
+
+    def step_then_score() -> None:
+        theirs.step()
+        accumulate_saliency_(total, theirs.active.grads, "abs")
+
+    ours.step()
+    step_then_score()
+    assert torch.equal(ours.active.values, theirs.active.values)
+    (state,) = ours.state.values()
+    assert torch.equal(state["saliency"], total)
+    seconds = race({"ours": ours.step, "theirs": step_then_score}, rounds=9)
+    benchmark.pedantic(ours.step, rounds=3)
+
+    moved = mask.numel * (OURS_BYTES + SALIENCY_BYTES + (0 if mask.density == 1 else SCATTER_BYTES))
+    share = f"{moved / seconds['ours'] / copy_bandwidth:.0%} of copy bandwidth {copy_bandwidth / 1e9:.1f} GB/s"
+    work = f"{moved / 1e6:.0f} : {(moved + 4 * mask.numel) / 1e6:.0f} MB"
+    times = 1e3 * seconds["ours"], 1e3 * seconds["theirs"]
+    row = Row("score + update in one op, row", "step, then accumulate_saliency_", mask.density, *times, work, share)
+    ROWS.append(row)
+    benchmark.extra_info.update({"ratio": row.ratio, "work": work, "share": share})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from pecker_fast.active import ActiveParameters
 from pecker_fast.distributed import RANK, WORLD_SIZE, Shard, check_shard, group_or_default
+from pecker_fast.ops.accumulate_saliency import Accumulate
 from pecker_fast.ops.masked_adamw import masked_adamw_
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay, of active weights only.
         clip_value: Gradients are clipped to this magnitude, element by element; None does not clip.
         ema_decay: Keep a running average ``ema += (1 - ema_decay) * (value - ema)``; see ``active.ema_weights()``.
+        saliency: Add up the gradients of all steps, before clipping, as "signed_sum", "abs" or "square"; see
+            ``saliency()``. None does not.
         backend: Name of a backend, or None for the best one.
         shard_group: Keep on every rank of these processes only its share of the state (ZeRO stage 1, arXiv 1910.02054):
             a step updates that share and gathers the new weights, with the weights and bits of a step that is not
@@ -57,6 +60,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         *,
         clip_value: float | None = None,
         ema_decay: float | None = None,
+        saliency: Accumulate | None = None,
         backend: str | None = None,
         shard_group: ProcessGroup | None = None,
     ) -> None:
@@ -71,6 +75,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         for name, decay in {"betas[0]": betas[0], "betas[1]": betas[1], "ema_decay": ema_decay}.items():
             if decay is not None and not 0 <= decay < 1:
                 raise ValueError(f"MaskedAdamW: {name}: expected a number in [0, 1), got {decay}")
+        if saliency not in (None, *get_args(Accumulate)):
+            kinds = ", ".join(get_args(Accumulate))
+            raise ValueError(f"MaskedAdamW: saliency: expected one of {kinds} or None, got {saliency!r}")
         self.active = active
         self.backend = backend
         self.shard: Shard | None = None
@@ -84,6 +91,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "clip_value": clip_value,
             "ema_decay": ema_decay,
+            "saliency": saliency,
         }
         super().__init__(active.parameters(), defaults)
 
@@ -122,6 +130,8 @@ class MaskedAdamW(torch.optim.Optimizer):
                 clip_value=math.inf if clip_value is None else clip_value,
                 ema=_cut(active.ema, here),
                 ema_decay=ema_decay or 0.0,
+                saliency=_cut(state.get("saliency"), here),
+                saliency_kind=group["saliency"] or "abs",
                 scatter=active.scatter_table() if self.shard is None else None,
                 backend=self.backend,
             )
@@ -145,11 +155,30 @@ class MaskedAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(own)
             if group["ema_decay"] is not None:
                 state["ema"] = own.clone()
+            if group["saliency"] is not None:
+                state["saliency"] = torch.zeros_like(own)
         for name, buffer in state.items():
             if isinstance(buffer, Tensor) and buffer.device != values.device:
                 state[name] = buffer.to(values.device)  # the model moved after the first step
         self.active.ema, self.active.ema_shard = state.get("ema"), self.shard
         return state
+
+    def saliency(self) -> dict[str, Tensor]:
+        """Saliency of every active weight so far, a by-product of the steps: what ``BlockMask.from_saliency`` takes.
+
+        With state in shards every rank must call it.
+
+        Returns:
+            Name -> saliency >= 0 of the weight's shape, zero outside the mask. Signed sums come as magnitudes.
+
+        Raises:
+            RuntimeError: None is kept, or there was no step yet.
+        """
+        flat = self.state[self.param_groups[0]["params"][0]].get("saliency")
+        if flat is None:
+            raise RuntimeError("MaskedAdamW: no saliency is kept; make it with saliency=, and step once")
+        whole = flat.abs() if self.shard is None else self.shard.gather(flat.abs())
+        return {name: self.active.to_dense(whole, name) for name in self.active.names}
 
     def follow_mask(self, carried: Callable[[str, Tensor], Tensor]) -> None:
         """After a change of the mask: take the new parameters and lay the state out anew, as ``change_mask`` does.

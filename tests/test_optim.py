@@ -8,6 +8,7 @@ import torch
 from models import conv_net
 
 from pecker_fast import BlockMask, MaskedAdamW, apply_mask
+from pecker_fast.ops import accumulate_saliency_
 
 
 def masked(density=0.3, **settings):
@@ -125,3 +126,45 @@ def test_closures():
 
     first = opt.step(closure)
     assert opt.step(closure).item() < first.item()
+
+
+@pytest.mark.parametrize("kind", ["signed_sum", "abs", "square"])
+def test_saliency_is_that_of_the_gradients_before_clipping(kind):
+    model, active, opt = masked(saliency=kind, clip_value=1e-3)
+    plain, plain_active, plain_opt = masked(clip_value=1e-3)
+    expected = {name: torch.zeros_like(parameter) for name, parameter in active.named_parameters()}
+    for x in BATCHES[:3]:
+        train(model, opt, [x])
+        train(plain, plain_opt, [x])
+        for name, parameter in active.named_parameters():
+            accumulate_saliency_(expected[name], parameter.grad, kind)
+    assert torch.equal(active.values, plain_active.values)
+    flat = torch.cat([total.flatten() for total in expected.values()])
+    saliency = opt.saliency()
+    assert set(saliency) == set(active.names)
+    for name, dense in saliency.items():
+        inside = active.mask.parameters[name].to_dense()
+        assert dense.shape == inside.shape and not dense[~inside].any()
+        assert torch.equal(dense, active.to_dense(flat, name).abs())
+    BlockMask.from_saliency(saliency, 0.1, "row")
+
+
+def test_saliency_is_part_of_the_state():
+    model, active, opt = masked(saliency="abs")
+    train(model, opt, BATCHES[:2])
+    other_model, _, other = masked(saliency="abs")
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    train(model, opt, BATCHES[2:4])
+    train(other_model, other, BATCHES[2:4])
+    for name, saliency in opt.saliency().items():
+        assert torch.equal(other.saliency()[name], saliency)
+
+
+def test_no_saliency_is_kept_unless_asked_for():
+    model, _, opt = masked()
+    train(model, opt, BATCHES[:1])
+    with pytest.raises(RuntimeError, match="make it with saliency="):
+        opt.saliency()
+    with pytest.raises(ValueError, match="MaskedAdamW: saliency: expected one of signed_sum"):
+        masked(saliency="cube")
