@@ -10,7 +10,7 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 STAMP := .venv/.installed
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench lint sanitize clean
 
 demo: $(STAMP)
 	.venv/bin/pecker-fast demo --output_dir runs/demo
@@ -25,6 +25,24 @@ lint: $(STAMP)
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+
+# A copy of the package with a sanitized native module; ours stays as it is. Python itself is not sanitized, so
+# the runtimes are loaded before it, and libstdc++ with them so that they see its exceptions.
+SANITIZED := build/sanitized
+sanitize: $(STAMP)
+	.venv/bin/python -m pip install --quiet cmake ninja pybind11
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -r pecker_fast $(SANITIZED)/ && cp -r kernels $(SANITIZED)/pecker_fast/ && rm -f $(SANITIZED)/pecker_fast/_C*.so
+	.venv/bin/cmake -S . -B build/sanitize -G Ninja -DPECKER_FAST_SANITIZE=ON -DCMAKE_CXX_COMPILER=g++ \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python \
+	  -Dpybind11_DIR=$$(.venv/bin/python -m pybind11 --cmakedir) \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/$(SANITIZED)/pecker_fast
+	.venv/bin/cmake --build build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	PYTHONPATH=$(CURDIR)/$(SANITIZED) PECKER_FAST_SANITIZED=1 \
+	  .venv/bin/pytest -q tests/test_sanitizers.py tests/test_native.py tests/ops
 
 $(STAMP): pyproject.toml setup.py CMakeLists.txt constraints.txt $(SOURCES)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
