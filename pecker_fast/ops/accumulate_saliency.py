@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -104,7 +105,7 @@ def _per_weight(total: Tensor, grad: Tensor, accumulate: str) -> None:
 def _per_block(total: Tensor, grad: Tensor, accumulate: str, view: list[int], block: list[int]) -> None:
     out, in_, taps = view
     memory = [out, 1, in_, taps]
-    if grad.is_contiguous(memory_format=torch.channels_last) and view == [*grad.shape[:2], grad[0, 0].numel()]:
+    if grad.is_contiguous(memory_format=torch.channels_last) and view == [*grad.shape[:2], math.prod(grad.shape[2:])]:
         memory = [out, taps, in_, 1]
     else:
         grad = grad.contiguous()
