@@ -82,7 +82,8 @@ def published_pass(model: nn.Module, batches: list[tuple[Tensor, Tensor, Tensor]
         loss_of(model, batch).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                totals[name] = totals.get(name, 0) + parameter.grad.cpu()
+                gradient = parameter.grad.cpu()
+                totals[name] = totals[name].add_(gradient) if name in totals else gradient.clone()
     return {name: total.abs() for name, total in totals.items()}
 
 
