@@ -75,11 +75,12 @@ template <typename Where>
 void def_masked_adamw(py::module_& m, const char* name, const char* doc, const py::arg& where_name,
                       void (*step)(const AdamwBuffers&, const AdamwConstants&, const ScatterTable&, Where)) {
   const auto function = [step](Address value, Address grad, Address exp_avg, Address exp_avg_sq, Address ema,
-                               Address saliency, std::int64_t numel, std::int64_t number, double lr, double beta1, double beta2,
-                               double eps, double weight_decay, double clip_value, double ema_decay,
-                               int saliency_kind, Address dense_pointers, Address dense_dtypes, Address run_parameter,
-                               Address run_dense_offset, Address run_flat_offset, std::int64_t num_parameters,
-                               std::int64_t num_runs, Where where) {
+                               Address saliency, std::int64_t numel, std::int64_t number, double lr,
+                               double beta1, double beta2, double eps, double weight_decay, double clip_value,
+                               double ema_decay, int saliency_kind, Address dense_pointers,
+                               Address dense_dtypes, Address run_parameter, Address run_dense_offset,
+                               Address run_flat_offset, std::int64_t num_parameters, std::int64_t num_runs,
+                               Where where) {
     check(numel >= 0, "expected numel >= 0");
     check(number >= 1, "expected step >= 1");
     check(numel == 0 || (value && grad && exp_avg_sq),
@@ -94,10 +95,11 @@ void def_masked_adamw(py::module_& m, const char* name, const char* doc, const p
     step(buffers, adamw_constants(settings), table, where);
   };
   m.def(name, function, doc, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "value"_a, "grad"_a,
-        "exp_avg"_a, "exp_avg_sq"_a, "ema"_a, "saliency"_a, "numel"_a, "step"_a, "lr"_a, "beta1"_a, "beta2"_a, "eps"_a,
-        "weight_decay"_a, "clip_value"_a = std::numeric_limits<double>::infinity(), "ema_decay"_a = 0.0,
-        "saliency_kind"_a = 0, "dense_pointers"_a = 0, "dense_dtypes"_a = 0, "run_parameter"_a = 0, "run_dense_offset"_a = 0,
-        "run_flat_offset"_a = 0, "num_parameters"_a = 0, "num_runs"_a = 0, where_name);
+        "exp_avg"_a, "exp_avg_sq"_a, "ema"_a, "saliency"_a, "numel"_a, "step"_a, "lr"_a, "beta1"_a, "beta2"_a,
+        "eps"_a, "weight_decay"_a, "clip_value"_a = std::numeric_limits<double>::infinity(),
+        "ema_decay"_a = 0.0, "saliency_kind"_a = 0, "dense_pointers"_a = 0, "dense_dtypes"_a = 0,
+        "run_parameter"_a = 0, "run_dense_offset"_a = 0, "run_flat_offset"_a = 0, "num_parameters"_a = 0,
+        "num_runs"_a = 0, where_name);
 }
 
 void checked_scatter_cpu(const float* value, std::int64_t numel, const ScatterTable& table, int threads) {

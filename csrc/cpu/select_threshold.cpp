@@ -8,7 +8,8 @@
 namespace pecker {
 namespace {
 
-constexpr std::int64_t kFew = 1 << 17;        // fewer values than this: small histograms, more passes
+constexpr std::int64_t kFew = 1 << 18;      // fewer values than this: small histograms, more passes
+constexpr std::int64_t kShare = 1 << 19;    // values: below this, a thread and its histograms cost too much
 constexpr std::int64_t kPiece = 1LL << 31;  // values at a time, so that no 32-bit count overflows
 
 // Calls work(data, n) for what the range [begin, end) of all values, one array after the other, consists of.
@@ -32,7 +33,7 @@ std::vector<std::int64_t> histogram(const std::vector<SelectArray>& arrays, std:
   const std::size_t bins = std::size_t{1} << pass.bits;
   std::vector<std::int64_t> total(bins);
   std::mutex adding;
-  parallel_for(numel, threads, [&](std::int64_t begin, std::int64_t end) {
+  const auto count_share = [&](std::int64_t begin, std::int64_t end) {
     for (; begin < end; begin += kPiece) {
       std::vector<std::uint32_t> counts(kHistograms * bins);
       for_each_part<Float>(arrays, begin, std::min(begin + kPiece, end),
@@ -42,7 +43,8 @@ std::vector<std::int64_t> histogram(const std::vector<SelectArray>& arrays, std:
         for (std::size_t i = 0; i < bins; ++i) total[i] += counts[h * bins + i];
       }
     }
-  });
+  };
+  parallel_for(numel, threads, count_share, kShare);
   return total;
 }
 

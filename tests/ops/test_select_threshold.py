@@ -37,7 +37,7 @@ def values_of(kind, sizes, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", [(1,), (1000,), (3, 1, 96), (0, 50), (70_000, 1, 130_003)])
+@pytest.mark.parametrize("sizes", [(1,), (1000,), (3, 1, 96), (0, 50), (70_000, 1, 230_003)])
 @pytest.mark.parametrize("kind", ["normal", "many ties", "constant", "infinite", "all magnitudes", "half zeros"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_against_a_stable_sort(backend, sizes, kind, dtype):
@@ -49,7 +49,7 @@ def test_against_a_stable_sort(backend, sizes, kind, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("repeats", [1, 20_000])
+@pytest.mark.parametrize("repeats", [1, 30_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_special_values(backend, repeats, dtype):
     values = torch.tensor([0.0, -INF, NAN, -0.0, 1.0, -NAN, INF, -1e-45, 1e-45, -2.0], dtype=dtype)
