@@ -16,6 +16,7 @@ LAYERS = [
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws"],
     ["mask", "layers", "score_model", "pretrain", "report_page"],
     ["layout"],
+    ["flat_store"],
     ["active"],
     ["optim", "apply", "scoring", "delta"],
     ["refresh"],

@@ -64,7 +64,7 @@ class Op:
             ValueError: ``backend`` is not the name of a backend.
             RuntimeError: The backend that was asked for cannot run here; the message says why.
         """
-        asked = backend or self._requested()
+        asked = backend or self.requested()
         if asked is not None:
             reason = self.why_not(asked, device.type)
             if reason is not None:
@@ -81,7 +81,7 @@ class Op:
         ranked = (*self.prefer.get(device, ()), "reference")
         return next(name for name in ranked if self.why_not(name, device) is None)
 
-    def _requested(self) -> str | None:
+    def requested(self) -> str | None:
         """What ``use_backend`` asks for, if it was ever written for this op."""
         requested = _requested.get()
         return requested if requested in self.backends else None
@@ -156,7 +156,7 @@ def _choice(op: Op, device: str) -> Choice:
     if device == "cuda" and not torch.cuda.is_available():
         return Choice("none", dict.fromkeys(NAMES, "no CUDA device here"))
     reasons = {name: op.why_not(name, device) for name in NAMES}
-    requested = op._requested()
+    requested = op.requested()
     used = requested if requested and reasons[requested] is None else op.preferred(device)
     return Choice(used, {name: why or "not preferred" for name, why in reasons.items() if name != used})
 
