@@ -97,6 +97,7 @@ def bench_masked_adamw(benchmark, dense, copy_bandwidth, density, block):
         bytes_theirs = mask.total * (FUSED_BYTES if "fused" in name else PUBLISHED_BYTES)
         work = f"{moved / 1e6:.0f} : {bytes_theirs / 1e6:.0f} MB"
         row = Row(f"masked AdamW, {block}", name, mask.density, 1e3 * seconds["ours"], 1e3 * theirs, work, share)
+        row.headline = density in (0.1, 1.0)
         ROWS.append(row)
         benchmark.extra_info[name] = {"ratio": row.ratio, "work": work, "share": share}
 
@@ -123,6 +124,8 @@ def bench_score_and_update(benchmark, dense, copy_bandwidth, density):
     share = f"{moved / seconds['ours'] / copy_bandwidth:.0%} of copy bandwidth {copy_bandwidth / 1e9:.1f} GB/s"
     work = f"{moved / 1e6:.0f} : {(moved + 4 * mask.numel) / 1e6:.0f} MB"
     times = 1e3 * seconds["ours"], 1e3 * seconds["theirs"]
-    row = Row("score + update in one op, row", "step, then accumulate_saliency_", mask.density, *times, work, share)
+    row = Row(
+        "score + update in one op, row", "step, then accumulate_saliency_", mask.density, *times, work, share, True
+    )
     ROWS.append(row)
     benchmark.extra_info.update({"ratio": row.ratio, "work": work, "share": share})

@@ -1,4 +1,7 @@
-"""Weight gradient of a 3x3 convolution for its active blocks against the dense one: where is the crossover?"""
+"""Weight gradient of a 3x3 convolution for its active blocks against the dense one: where is the crossover?
+
+These are the slabs themselves; above the crossover a layer takes the dense gradient (``bench_masked_layer.py``).
+"""
 
 from __future__ import annotations
 
@@ -48,5 +51,6 @@ def bench_masked_weight_grad(benchmark, device, matmul_rate, block):
         share = f"{flops / ours / matmul_rate:.0%} of matmul {matmul_rate / 1e9:.0f} GFLOP/s"
         work = f"{flops / 1e9:.2f} : {flops_dense / 1e9:.2f} GFLOP"
         row = Row(f"conv3x3 wgrad, {block}", "dense wgrad", density, 1e3 * ours, 1e3 * seconds["dense"], work, share)
+        row.headline = density == DENSITIES[0]
         ROWS.append(row)
         benchmark.extra_info[str(density)] = {"ratio": row.ratio, "work": work, "share": share}

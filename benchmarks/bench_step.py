@@ -89,7 +89,9 @@ def bench_step(benchmark, network, batch, matmul_rate, where):
     work = f"{flops['masked'] / 1e9:.0f} : {flops['dense'] / 1e9:.0f} GFLOP ({saved:.3f})"
     share = f"{flops['masked'] / seconds['masked'] / matmul_rate:.0%} of matmul {matmul_rate / 1e9:.0f} GFLOP/s"
     ours, theirs = 1e3 * seconds["masked"], 1e3 * seconds["dense"]
-    row = Row(f"UNet step, {where}", f"dense, AdamW fused, batch {BATCH}", mask.density, ours, theirs, work, share)
+    row = Row(
+        f"UNet step, {where}", f"dense, AdamW fused, batch {BATCH}", mask.density, ours, theirs, work, share, True
+    )
     ROWS.append(row)
     benchmark.extra_info.update({"ratio": row.ratio, "work": work, "share": share})
     assert saved <= FLOPS_AT_MOST[where]

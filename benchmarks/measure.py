@@ -23,6 +23,7 @@ class Row:
     theirs_ms: float
     work: str  # bytes or FLOPs of ours and theirs
     share: str  # of the machine's limit
+    headline: bool = False  # shown in the README; all rows are in docs/benchmarks.md
     ratio: float = field(init=False)
 
     def __post_init__(self) -> None:

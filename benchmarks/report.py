@@ -1,4 +1,6 @@
-"""Write the tables of the README from the JSON files under benchmarks/results: no figure is typed by hand.
+"""Write the tables of README.md and docs/benchmarks.md from the JSON files under benchmarks/results.
+
+No figure is typed by hand.
 
 python -m pytest benchmarks/ --benchmark-only --rows benchmarks/results/cpu/kernels.json
 pecker-fast demo --output_dir runs/demo && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
@@ -15,8 +17,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def headlines_table(results: dict[str, Any]) -> str:
+    """The races that matter most."""
+    return kernels_table(results | {"rows": [row for row in results["rows"] if row["headline"]]})
 
 
 def kernels_table(results: dict[str, Any]) -> str:
@@ -27,8 +34,8 @@ def kernels_table(results: dict[str, Any]) -> str:
             row["what"],
             row["against"],
             f"{row['density']:.2g}",
-            f"{row['ours_ms']:.0f} ms",
-            f"{row['theirs_ms']:.0f} ms",
+            f"{row['ours_ms']:.{int(row['ours_ms'] < 10)}f} ms",
+            f"{row['theirs_ms']:.{int(row['theirs_ms'] < 10)}f} ms",
             f"**{row['ratio']:.2f}x**",
             row["work"],
             row["share"],
@@ -66,34 +73,38 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 TABLES = {
-    "kernels": ("cpu/kernels.json", kernels_table),
-    "demo": ("cpu/demo.json", demo_table),
-    "sparser demo": ("cpu/demo_density_0.1.json", demo_table),
+    README: {
+        "kernels": ("cpu/kernels.json", headlines_table),
+        "demo": ("cpu/demo.json", demo_table),
+        "sparser demo": ("cpu/demo_density_0.1.json", demo_table),
+    },
+    BENCHMARKS: {"all kernels": ("cpu/kernels.json", kernels_table)},
 }
 
 
-def render(readme: str) -> str:
-    """The README with every table between its markers written anew."""
-    for name, (file, table) in TABLES.items():
+def render(document: Path) -> str:
+    """A document with every table between its markers written anew."""
+    text = document.read_text(encoding="utf-8")
+    for name, (file, table) in TABLES[document].items():
         begin, end = f"<!-- {name}: benchmarks/results/{file} -->", f"<!-- end of {name} -->"
-        before, found, rest = readme.partition(begin)
+        before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise SystemExit(f"{README}: expected the markers {begin} and {end}")
+            raise SystemExit(f"{document}: expected the markers {begin} and {end}")
         results = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        readme = f"{before}{begin}\n{table(results)}\n{end}{after}"
-    return readme
+        text = f"{before}{begin}\n{table(results)}\n{end}{after}"
+    return text
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the documents are up to date")
     check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
-    new = render(old)
+    rendered = {document: render(document) for document in TABLES}
     if check:
-        return int(old != new)
-    README.write_text(new, encoding="utf-8")
+        return int(any(text != document.read_text(encoding="utf-8") for document, text in rendered.items()))
+    for document, text in rendered.items():
+        document.write_text(text, encoding="utf-8")
     return 0
 
 

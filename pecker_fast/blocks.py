@@ -84,6 +84,13 @@ class BlockGrid:
         """Whether every block is one whole output row."""
         return len(self.shape) >= 2 and self.block == (1, self.view[1]) and self.view[0] == self.shape[0]
 
+    @property
+    def is_even(self) -> bool:
+        """Whether blocks are tiles of several weights, none of them cut off at an edge."""
+        (out, in_, _), (block_out, block_in) = self.view, self.block
+        tiles = self.view[0] == self.shape[0] and len(self.shape) >= 2 and block_out * block_in > 1
+        return tiles and out % block_out == 0 and in_ % block_in == 0
+
     def block_numel(self) -> Tensor:
         """Weights of every block, edges counted as they are: int64 (num_blocks,)."""
         out, in_, taps = self.view
@@ -202,7 +209,18 @@ class ParameterMask:
             return dense
         if self.grid.is_rows:
             return dense.index_select(0, self.active.to(dense.device))
+        if self.grid.is_even:
+            return self._gather_tiles(dense, channels_last)
         return dense.reshape(-1)[self.index(channels_last).to(dense.device)]
+
+    def _gather_tiles(self, dense: Tensor, channels_last: bool) -> Tensor:
+        """Whole tiles at once, where no tile is cut off at an edge."""
+        taps, (block_out, block_in), (rows, columns) = self.grid.view[2], self.grid.block, self.grid.size
+        row, column = (self.active // columns).to(dense.device), (self.active % columns).to(dense.device)
+        if channels_last and dense.dim() == 4:
+            tiles = dense.permute(0, 2, 3, 1).reshape(rows, block_out, taps, columns, block_in)
+            return tiles[row, :, :, column].reshape(-1)
+        return dense.reshape(rows, block_out, columns, block_in * taps)[row, :, column].reshape(-1)
 
 
 def check_block(block: object) -> None:

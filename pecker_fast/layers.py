@@ -241,10 +241,10 @@ MASKED_CLASSES: Mapping[type[nn.Module], type[MaskedLayer]] = {
 }
 """Which class stands in for which; the same object changes its class, so hooks and references to it stay valid."""
 
-ROWS_DENSE_ABOVE, TILES_DENSE_ABOVE = 0.8, 0.625
+ROWS_DENSE_ABOVE, CONV_TILES_DENSE_ABOVE, LINEAR_TILES_DENSE_ABOVE = 0.8, 0.5, 0.4
 """Densities of a weight above which one dense gradient, gathered, costs less than one for its active blocks.
 
-Measured on a CPU: benchmarks/bench_masked_weight_grad.py.
+Measured on a CPU: benchmarks/bench_masked_weight_grad.py and bench_masked_layer.py.
 """
 
 
@@ -274,7 +274,9 @@ def is_channels_last(dense: Tensor) -> bool:
 
 
 def _masked_gradient_pays(mask: ParameterMask) -> bool:
-    return mask.density <= (ROWS_DENSE_ABOVE if mask.grid.is_rows else TILES_DENSE_ABOVE)
+    if mask.grid.is_rows:
+        return mask.density <= ROWS_DENSE_ABOVE
+    return mask.density <= (LINEAR_TILES_DENSE_ABOVE if len(mask.grid.shape) == 2 else CONV_TILES_DENSE_ABOVE)
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, list[Tensor | None]]:

@@ -16,6 +16,8 @@ from pecker_fast.ops.dispatch import Backend, Op, library
 
 MAX_SLABS = 64
 """With more block rows than this, many small products lose to one dense gradient (as they do for single weights)."""
+MIN_WIDTH = 16
+"""Tiles of a linear layer that are narrower than this are not worth a product each."""
 UNFOLD_BELOW = 32
 """Fewer active rows of a convolution than this are one matrix product; measured on a CPU."""
 
@@ -101,7 +103,34 @@ def masked_weight_grad_reference(
             return _widen(_unfolded_weight_grad(grad_output, input, rows, grid.shape[2:], geometry[1]))
         slab = _dense_weight_grad(_channels(grad_output, rows), input, (len(rows), *grid.shape[1:]), geometry)
         return _widen(slab)
+    if len(grid.shape) == 2:
+        return _linear_tile_grads(grad_output, input, mask)
     return _tile_grads(grad_output, input, mask, geometry, channels_last)
+
+
+def _linear_tile_grads(grad_output: Tensor, input: Tensor, mask: ParameterMask) -> Tensor:
+    """One product for each run of neighbouring blocks in a row of blocks, of views: nothing is gathered."""
+    (out, in_, _), (block_out, block_in) = mask.grid.view, mask.grid.block
+    pieces: list[Tensor] = []
+    for row, first, count in _runs_of_blocks(mask):
+        grad_rows = grad_output.narrow(1, row * block_out, min(block_out, out - row * block_out))
+        start, stop = first * block_in, min((first + count) * block_in, in_)
+        run = grad_rows.t() @ input.narrow(1, start, stop - start)
+        pieces += [block.reshape(-1) for block in run.split(block_in, dim=1)]
+    if not pieces:
+        return _widen(grad_output.new_empty(mask.compact_shape))
+    return _widen(torch.cat(pieces)).view(mask.compact_shape)
+
+
+def _runs_of_blocks(mask: ParameterMask) -> list[tuple[int, int, int]]:
+    """Active blocks that follow one another in a row of blocks: (row, first column, number of blocks)."""
+    columns = mask.grid.size[1]
+    starts = torch.ones(len(mask.active), dtype=torch.bool)
+    starts[1:] = (mask.active[1:] != mask.active[:-1] + 1) | (mask.active[1:] % columns == 0)
+    first = starts.nonzero().flatten()
+    counts = torch.diff(first, append=torch.tensor([len(mask.active)]))
+    blocks = mask.active[first]
+    return list(zip((blocks // columns).tolist(), (blocks % columns).tolist(), counts.tolist(), strict=True))
 
 
 def _tile_grads(
@@ -111,7 +140,7 @@ def _tile_grads(
     geometry: tuple[list[int], list[int], list[int], int],
     channels_last: bool,
 ) -> Tensor:
-    """One slab for each row of blocks: its out channels against the in channels of its active blocks."""
+    """One slab for each row of blocks of a convolution: its out channels against its active blocks' in channels."""
     grid = mask.grid
     (out, in_, _), (block_out, block_in), columns = grid.view, grid.block, grid.size[1]
     pieces: list[Tensor] = []
@@ -177,7 +206,7 @@ def _unfolding_pays(
     return (
         len(grid.shape) == 4
         and grad_output.device.type == "cpu"
-        and 0 < rows < UNFOLD_BELOW
+        and (0 < rows < UNFOLD_BELOW or (rows > 0 and grid.view[2] == 1))  # 1x1: nothing to unfold
         and all(step == 1 for step in (*stride, *dilation))
         and all(pad < size for pad, size in zip(padding, grid.shape[2:], strict=True))
     )
@@ -204,7 +233,10 @@ def _widen(grad: Tensor) -> Tensor:
 
 def _slabs_pay(grid: BlockGrid, groups: int) -> bool:
     """Whether slabs are cheaper than the dense gradient: not for single weights, thin tiles or grouped convolutions."""
-    return groups == 1 and grid.view[0] == grid.shape[0] and (grid.is_rows or grid.size[0] <= MAX_SLABS)
+    if groups != 1 or grid.view[0] != grid.shape[0]:
+        return False
+    wide = len(grid.shape) > 2 or grid.block[1] >= MIN_WIDTH
+    return grid.is_rows or (grid.size[0] <= MAX_SLABS and wide)
 
 
 def _reference(
