@@ -42,7 +42,10 @@ class ScatterTable:
     """Copies a flat buffer into the dense weights of a model, and only the weights that the buffer holds.
 
     For the native kernels everything is in one table of runs of neighbouring weights, so that a whole model is one
-    call however many weights it has. The table keeps the dense tensors, whose addresses it holds, alive.
+    call however many weights it has: 20 bytes a run, 12 a weight, 8 for its end. A row that is active is one run at
+    most, so that rows and tiles need little; a single weight without active neighbours is a run of its own, whose entry
+    takes as many bytes as its value, gradient, two moments and running average together. The table keeps the dense
+    tensors, whose addresses it holds, alive.
     """
 
     def __init__(self, targets: Sequence[Target], device: torch.device) -> None:

@@ -134,7 +134,7 @@ def test_control_masked_gradients_hold_only_without_decay_and_without_moments(op
 
 
 def train(model, optimizer, steps, mask=None):
-    """Steps on the same batches in every dtype; with a mask the gradients are masked afterwards. All weights at last."""
+    """All weights after steps on the same batches in every dtype; with a mask gradients are masked afterwards."""
     generator, classes = torch.Generator().manual_seed(1), zoo_batch()[1]
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     dtype = model.out.weight.dtype
@@ -150,7 +150,7 @@ def train(model, optimizer, steps, mask=None):
 
 @functools.cache  # the float64 runs are the truth of the float32 ones
 def after_masked_and_dense_steps(block, density, steps, decay, dtype):
-    """All weights after ``MaskedAdamW``, and after AdamW on masked gradients; with density 1 those are all gradients."""
+    """All weights after ``MaskedAdamW``, and after AdamW on masked gradients (with density 1: on all gradients)."""
     torch.manual_seed(0)
     model = Zoo().double().eval().to(dtype)
     model.upsample.requires_grad_(False)  # it cannot be masked
