@@ -34,8 +34,9 @@ def apply_mask(
         The store of the active weights; give its ``parameters()`` to any optimizer, or the store to ``MaskedAdamW``.
 
     Raises:
-        ValueError: The mask is for another model, activates a weight that cannot be masked, or the model is masked
-            already. The model is unchanged.
+        TypeError: ``mask`` is no ``BlockMask``.
+        ValueError: The mask is damaged or for another model, activates a weight that cannot be masked, or the model is
+            masked already. The model is unchanged.
     """
     if unmaskable not in ("frozen", "dense"):
         raise ValueError(f'unmaskable: expected "frozen" or "dense", got {unmaskable!r}')
@@ -54,8 +55,13 @@ def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collec
     """Refuse a mask that does not fit ``model``; ``adopted`` are the weights that train dense.
 
     Raises:
-        ValueError: It is for another model, has no active block, or activates a weight that cannot be masked.
+        TypeError: It is no ``BlockMask``.
+        ValueError: It is damaged or for another model, has no active block, or activates a weight that cannot be
+            masked.
     """
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask: expected a BlockMask, got {type(mask).__name__}; BlockMask.from_saliency makes one")
+    mask.check()
     where = f"the mask was not made for this {type(model).__name__}"
     for name, parameter in mask.parameters.items():
         if name in found.refused:

@@ -63,6 +63,21 @@ class BlockGrid:
         size = (min(block[0], out), min(block[1], in_))
         return BlockGrid(shape, (out, in_, math.prod(shape[2:])), (max(size[0], 1), max(size[1], 1)))
 
+    def check(self) -> None:
+        """Refuse fields that do not fit together, as those of a damaged file.
+
+        Raises:
+            ValueError: They do not.
+        """
+        matrix = (*self.shape[:2], math.prod(self.shape[2:])) if len(self.shape) > 1 else (1, self.numel, 1)
+        sizes = (*self.shape, *self.view, *self.block)
+        natural = all(type(size) is int and size >= 0 for size in sizes)
+        if not natural or self.view not in (matrix, (self.numel, 1, 1)) or len(self.block) != 2 or min(self.block) < 1:
+            raise ValueError(
+                f"not a grid: expected view {matrix} or {(self.numel, 1, 1)} for shape {self.shape}, and two block "
+                f"sides of at least 1, got view {self.view} and block {self.block}"
+            )
+
     @property
     def numel(self) -> int:
         """Weights in all."""
@@ -140,6 +155,27 @@ class ParameterMask:
     def of_flags(grid: BlockGrid, flags: Tensor) -> ParameterMask:
         """The blocks whose flag is set; ``flags`` bool (num_blocks,)."""
         return ParameterMask(grid, flags.nonzero().flatten())
+
+    def check(self) -> None:
+        """Refuse a grid that is none, and block numbers that are not sorted, unique and within it.
+
+        Raises:
+            ValueError: Something else was put together by hand, or changed in place.
+        """
+        self.grid.check()
+        active, end = self.active, self.grid.num_blocks
+        if active.dtype != torch.int64 or active.dim() != 1 or active.device.type != "cpu":
+            got = f"{active.dtype} {tuple(active.shape)} on {active.device}"
+        elif len(active) and (int(active.min()) < 0 or int(active.max()) >= end):
+            got = f"numbers from {int(active.min())} to {int(active.max())}"
+        elif not bool((active[1:] > active[:-1]).all()):
+            got = "numbers out of order or twice"
+        else:
+            return
+        raise ValueError(
+            f"active: expected sorted block numbers, each once, in [0, {end}), int64 (n,) on the CPU, got {got}; make "
+            f"them with ParameterMask.of_flags(grid, flags)"
+        )
 
     def flags(self) -> Tensor:
         """One boolean a block: (num_blocks,)."""

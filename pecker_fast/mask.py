@@ -240,11 +240,24 @@ class BlockMask:
             lines.append(f"  {name:<40} {parameter.density:7.2%}  {blocks}")
         return "\n".join(lines)
 
+    def check(self) -> None:
+        """Refuse a mask that was put together or changed by hand, and wrongly.
+
+        Raises:
+            ValueError: Blocks of a weight are out of order, twice or out of range, or its grid is none.
+        """
+        for name, parameter in self.parameters.items():
+            try:
+                parameter.check()
+            except ValueError as error:
+                raise ValueError(f"damaged mask: {name}: {error}") from error
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as safetensors: one bit a block, and its geometry as JSON in the header.
 
         Raises:
             FileFormatError: The file cannot be written; nothing is left behind.
+            ValueError: The mask is damaged, as ``check`` says.
         """
         with atomic_file(path) as unfinished:
             write_safetensors(unfinished, *self.to_tensors())
@@ -268,7 +281,12 @@ class BlockMask:
             raise FileFormatError(f"{path}: damaged mask: {error!r}; save it again") from error
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """One bit a block, uint8 a weight, and everything else as strings: what ``save`` writes."""
+        """One bit a block, uint8 a weight, and everything else as strings: what ``save`` writes.
+
+        Raises:
+            ValueError: The mask is damaged, as ``check`` says.
+        """
+        self.check()
         grids = {name: (p.grid.shape, p.grid.view, p.grid.block) for name, p in self.parameters.items()}
         header = {
             "format": FORMAT,

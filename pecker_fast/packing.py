@@ -39,9 +39,5 @@ def grid_of(shape: Any, view: Any, block: Any) -> BlockGrid:
         ValueError, TypeError: They do not fit together.
     """
     grid = BlockGrid(tuple(shape), tuple(view), tuple(block))
-    sizes = (*grid.shape, *grid.view, *grid.block)
-    if len(grid.view) != 3 or len(grid.block) != 2 or not all(isinstance(n, int) and n >= 0 for n in sizes):
-        raise ValueError(f"not a grid: {shape}, {view}, {block}")
-    if grid.view[0] * grid.view[1] * grid.view[2] != grid.numel or min(grid.block) < 1:
-        raise ValueError(f"view {grid.view} and block {grid.block} do not fit shape {grid.shape}")
+    grid.check()
     return grid

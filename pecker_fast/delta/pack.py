@@ -13,7 +13,12 @@ from pecker_fast.mask import BlockMask
 
 
 def active_part(mask: BlockMask) -> BlockMask:
-    """The same mask without the weights that have no active block."""
+    """The same mask without the weights that have no active block.
+
+    Raises:
+        ValueError: The mask is damaged, as ``BlockMask.check`` says.
+    """
+    mask.check()
     parameters = {name: parameter for name, parameter in mask.parameters.items() if parameter.numel}
     return BlockMask(parameters, mask.total, mask.density_asked, mask.mass)
 
