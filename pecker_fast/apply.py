@@ -11,7 +11,7 @@ from torch import nn
 from pecker_fast.active import ActiveParameters
 from pecker_fast.layers import MaskedLayer
 from pecker_fast.mask import BlockMask
-from pecker_fast.maskable import Survey, survey
+from pecker_fast.maskable import Survey, is_plain, survey
 from pecker_fast.scatter import DTYPE_CODES
 
 
@@ -63,10 +63,13 @@ def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collec
         raise TypeError(f"mask: expected a BlockMask, got {type(mask).__name__}; BlockMask.from_saliency makes one")
     mask.check()
     where = f"the mask was not made for this {type(model).__name__}"
+    others = {name: p.dtype for name, p in model.named_parameters() if not p.is_floating_point()}
     for name, parameter in mask.parameters.items():
         if name in found.refused:
             if parameter.numel:
                 raise ValueError(f"{name} cannot be masked: {found.refused[name]}; leave it out of the mask")
+        elif name in others:
+            raise ValueError(f"{name} cannot be masked: it is {others[name]}, not a float; leave it out of the mask")
         elif name not in found.maskable:
             raise ValueError(f"{where}: it masks {name!r}, which the model does not have; make a mask from this model")
         elif found.maskable[name] != parameter.grid.shape:
@@ -77,11 +80,12 @@ def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collec
     if not mask.numel:
         raise ValueError("the mask has no active block: nothing would train")
     for name, tensor in model.named_parameters():
-        active = name in adopted or (name in mask.parameters and mask.parameters[name].numel)
-        if active and tensor.dtype not in DTYPE_CODES:
+        active = name in mask.parameters and mask.parameters[name].numel
+        if active and tensor.dtype not in DTYPE_CODES:  # converted since it was masked
             raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
-        if name in adopted and tensor.dtype != torch.float32:
-            raise ValueError(f"{name} cannot train dense: expected float32, got {tensor.dtype}; keep it frozen")
+        if name in adopted and (tensor.dtype != torch.float32 or not is_plain(tensor)):
+            got = tensor.dtype if is_plain(tensor) else type(tensor).__name__
+            raise ValueError(f"{name} cannot train dense: expected a plain float32 tensor, got {got}; keep it frozen")
 
 
 def layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[str]:

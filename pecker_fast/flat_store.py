@@ -43,9 +43,8 @@ class FlatStore:
         self._table: ScatterTable | None = None
         self._table_key: tuple[object, ...] = ()
         for name, parameter in parameters.items():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(name in self._adopted)
-                parameter.grad = None  # an optimizer would apply it, frozen or not
+            parameter.requires_grad_(name in self._adopted)
+            parameter.grad = None  # an optimizer would apply it, frozen or not
         # Masters are float32, but those of a float64 model must not lose digits.
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
         for layer in layers:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pecker_fast.blocks import Block, BlockGrid
+from pecker_fast.scatter import DTYPE_CODES
 
 MASKABLE_TYPES: tuple[type[nn.Module], ...] = (
     nn.Linear,
@@ -98,11 +99,20 @@ def _why_not(module: nn.Module, own_name: str, parameter: nn.Parameter, uses: in
         return "its module's forward was replaced on the instance"
     if parameter.is_meta:
         return "it is on the meta device"
+    if not is_plain(parameter):
+        return f"it is a {type(parameter).__name__}, whose memory is not that of a plain tensor"
+    if parameter.dtype not in DTYPE_CODES:
+        return f"expected float32, bfloat16, float16 or float64, got {parameter.dtype}"
     if not _is_dense_in_memory(parameter):
         return f"it is not dense in memory (strides {parameter.stride()})"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
         return "an embedding with max_norm, sparse or scale_grad_by_freq"
     return None
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has memory of its own; subclasses that wrap others (DTensor, quantised weights) have none."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def _is_dense_in_memory(tensor: torch.Tensor) -> bool:
