@@ -58,7 +58,6 @@ class ActiveParameters(FlatStore):
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._trained: set[str] = set()
         super().__init__(model, mask, layers, frozenset(adopted))
-        model.__dict__[STORE] = self
         step_hooks.watch(self)
 
     @staticmethod
@@ -142,10 +141,13 @@ class ActiveParameters(FlatStore):
         """
         group = distributed.group_or_default(group)
         if self._agreed is None or self._agreed[0] is not self.mask or self._agreed[1] is not group:
-            layout = ((entry.name, entry.mask, entry.channels_last) for entry in self._entries)
-            own = distributed.fingerprint(self.values.dtype, layout)
-            distributed.check_agreement(own, self.values.device, group)
+            distributed.check_agreement(self.fingerprint(), self.values.device, group)
             self._agreed = (self.mask, group)
+
+    def fingerprint(self) -> bytes:
+        """32 bytes that differ where the flat buffers are laid out differently: another mask, dtype or memory order."""
+        layout = ((entry.name, entry.mask, entry.channels_last) for entry in self._entries)
+        return distributed.fingerprint(self.values.dtype, layout)
 
     def requires_grad_(self, requires_grad: bool = True) -> None:
         """Switch gradients of the active parameters on or off, as ``nn.Module.requires_grad_`` does."""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from pecker_fast import step_hooks
 from pecker_fast.active import ActiveParameters
 from pecker_fast.layers import MaskedLayer
 from pecker_fast.mask import BlockMask
@@ -48,7 +49,9 @@ def apply_mask(
     found = survey(model)
     dense = found.refused if unmaskable == "dense" else {}
     check_mask(model, mask, found, dense)
-    return ActiveParameters(model, mask, layers_to_swap(model, mask, found), found, dense)
+    layers = layers_to_swap(model, mask, found)
+    _refuse_parts_of_masked_models(model, layers)
+    return ActiveParameters(model, mask, layers, found, dense)
 
 
 def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collection[str]) -> None:
@@ -86,6 +89,18 @@ def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collec
         if name in adopted and (tensor.dtype != torch.float32 or not is_plain(tensor)):
             got = tensor.dtype if is_plain(tensor) else type(tensor).__name__
             raise ValueError(f"{name} cannot train dense: expected a plain float32 tensor, got {got}; keep it frozen")
+
+
+def _refuse_parts_of_masked_models(model: nn.Module, layers: Collection[str]) -> None:
+    """Layers that are frozen in another masked model would get active parameters that its store knows nothing of."""
+    modules = {id(model.get_submodule(layer)) for layer in layers}
+    for store in step_hooks.watched():
+        shared = [name for name, module in store.model.named_modules() if id(module) in modules]
+        if shared:
+            raise ValueError(
+                f"{shared[0] or 'the model'} is a part of a {type(store.model).__name__} that is masked already; mask "
+                f"that model as a whole, or call remove() of its store before apply_mask"
+            )
 
 
 def layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[str]:

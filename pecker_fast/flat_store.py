@@ -12,6 +12,7 @@ from pecker_fast import step_hooks
 from pecker_fast.layers import SUFFIX, mask_layer, unmask_layer
 from pecker_fast.layout import Entry, lay_out
 from pecker_fast.mask import BlockMask
+from pecker_fast.maskable import STORE
 from pecker_fast.scatter import ScatterTable, Target
 
 
@@ -31,6 +32,7 @@ class FlatStore:
         self.model = model
         self.ema: Tensor | None = None
         self._adopted = adopted
+        model.__dict__[STORE] = self
         self._install(mask, layers)
 
     def _install(self, mask: BlockMask, layers: Sequence[str]) -> None:
@@ -101,6 +103,11 @@ class FlatStore:
             yield entry.name, cast(nn.Parameter, dense), cast(nn.Parameter, held.get(entry.own + SUFFIX, dense))
 
     def _entries_parameters(self) -> Iterator[tuple[Entry, nn.Parameter]]:
+        if self.model.__dict__.get(STORE) is not self:  # the model may have another store by now
+            raise RuntimeError(
+                f"the mask of this {type(self.model).__name__} was removed, and its active parameters with it; "
+                f"ActiveParameters.of(model) is the store that a model has now"
+            )
         for entry in self._entries:
             parameter = self._module(entry)._parameters[entry.own if entry.adopted else entry.own + SUFFIX]
             yield entry, cast(nn.Parameter, parameter)

@@ -18,6 +18,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class Store(Protocol):
     """What the hooks ask of ``ActiveParameters``."""
 
+    model: nn.Module
+
     def parameters(self) -> list[nn.Parameter]:
         """The active parameters."""
         ...
