@@ -17,6 +17,9 @@ from pecker_fast.ops.masked_adamw import masked_adamw_
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+MASK = "mask"
+"""What the optimizer's state dict says of the mask."""
+
 
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for the active weights of a masked model, in one pass.
@@ -94,6 +97,24 @@ class MaskedAdamW(torch.optim.Optimizer):
             "saliency": saliency,
         }
         super().__init__(active.parameters(), defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: there is one group, the whole store.
+
+        Raises:
+            ValueError: Always, once the optimizer is made.
+        """
+        if self.param_groups:
+            raise ValueError(
+                "MaskedAdamW: cannot add a group; it steps the whole store and nothing else. Give other parameters to "
+                "an optimizer of their own, or active.parameters() in groups to torch.optim.AdamW"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As torch's, and the store: a deep copy of model and optimizer together steps the copied model.
+        own = {"active": self.active, "backend": self.backend, "shard": self.shard}
+        return super().__getstate__() | own
 
     @torch._disable_dynamo  # type: ignore[attr-defined] # as torch.optim does it: torch.compiler.disable would import the compiler right away
     @torch.no_grad()
@@ -200,11 +221,15 @@ class MaskedAdamW(torch.optim.Optimizer):
             self.state[group["params"][0]] = state
             self._state()
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and under "mask" a fingerprint of how the flat state is laid out."""
+        return super().state_dict() | {MASK: self.active.fingerprint().hex()}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state.
 
         Raises:
-            ValueError: It belongs to a mask with another number of active weights, or to another shard.
+            ValueError: It belongs to another mask, or to another shard; nothing is changed.
         """
         numel = self.active.numel if self.shard is None else self.shard.part_numel
         for saved in state_dict["state"].values():
@@ -214,6 +239,11 @@ class MaskedAdamW(torch.optim.Optimizer):
                     f"MaskedAdamW: the state is for {len(saved['exp_avg_sq'])} active weights, this mask has "
                     f"{numel}; load the mask it was saved with"
                 )
+        if state_dict.get(MASK, own := self.active.fingerprint().hex()) != own:
+            raise ValueError(
+                f"MaskedAdamW: the state is for {numel} active weights, as many as here, but of other blocks, or in "
+                f"another dtype or memory order; load the mask it was saved with, into a model as it was then"
+            )
         super().load_state_dict(state_dict)
         if state_dict["state"]:
             self._state()
