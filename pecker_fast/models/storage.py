@@ -26,6 +26,7 @@ from pecker_fast.checkpoint import (
     write_safetensors,
 )
 from pecker_fast.errors import FileFormatError
+from pecker_fast.maskable import STORE
 from pecker_fast.models.classifier import DigitsClassifier
 from pecker_fast.models.ddpm import DDPMUNet
 from pecker_fast.sampling import ddim_sample, one_step_sample
@@ -51,6 +52,7 @@ def save(model: nn.Module, folder: StrPath, generation: Mapping[str, Any] | None
 
     Raises:
         FileFormatError: The folder cannot be written.
+        RuntimeError: A masked model's dense weights were changed outside its optimizer.
         TypeError: The model is of another class.
         ValueError: ``generation`` is incomplete or out of range.
     """
@@ -70,6 +72,9 @@ def write_model(model: nn.Module, folder: StrPath, generation: Mapping[str, Any]
     """
     if generation is not None:
         _check_generation(generation)
+    for module in model.modules():
+        if STORE in vars(module):
+            vars(module)[STORE].check()
     if DELTAS_ATTRIBUTE in model.__dict__:
         write_json(Path(folder) / DELTAS_NAME, model.__dict__[DELTAS_ATTRIBUTE])
     save_pretrained = getattr(model, "save_pretrained", None)
