@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from pecker_fast.block_scores import ScoreKind
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.ops.accumulate_saliency import accumulate_saliency_
+from pecker_fast.ops.gather_active import gather_active
 from pecker_fast.ops.masked_weight_grad import masked_weight_grad
 
 Geometry: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -86,7 +87,7 @@ class _Link(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.mask.gather(grad, ctx.channels_last).to(ctx.dtype), None, None
+        return None, gather_active(grad, ctx.mask, ctx.channels_last).to(ctx.dtype), None, None
 
 
 class _Score(torch.autograd.Function):

@@ -7,10 +7,14 @@ FACTOR = 2.0
 FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float64: 1e-13}
 
 
-def assert_within_budget(got: Tensor, truth: Tensor, plain: Tensor) -> None:
-    """``|got - truth| <= FACTOR * |plain - truth| + FLOOR * scale``, as a maximum over all elements."""
+def assert_within_budget(got: Tensor, truth: Tensor, plain: Tensor, scale: float | None = None) -> None:
+    """``|got - truth| <= FACTOR * |plain - truth| + FLOOR * scale``, as a maximum over all elements.
+
+    ``scale`` is the largest magnitude of the truth, or of what it is a sum of, where that may cancel.
+    """
     truth = truth.double()
-    scale = float(truth.abs().max()) if truth.numel() else 0.0
+    if scale is None:
+        scale = float(truth.abs().max()) if truth.numel() else 0.0
     error = float((got.double() - truth).abs().max()) if truth.numel() else 0.0
     allowed = FACTOR * float((plain.double() - truth).abs().max()) if truth.numel() else 0.0
     allowed += FLOOR[plain.dtype] * scale

@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, fixed seeds, and the devices there are."""
+"""Shared by all tests: one thread, fixed seeds, and the devices there are."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # on small tensors threads only wait for each other; native tests ask for more
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
