@@ -87,7 +87,8 @@ class _Link(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, gather_active(grad, ctx.mask, ctx.channels_last).to(ctx.dtype), None, None
+        active = grad if ctx.mask.is_full else gather_active(grad, ctx.mask, ctx.channels_last)
+        return None, active.to(ctx.dtype), None, None
 
 
 class _Score(torch.autograd.Function):

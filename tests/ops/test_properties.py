@@ -241,6 +241,7 @@ def test_sid_loss(seed, batch, features, sigma, alpha, closeness):
         ours = sid_loss(e, p, s, b, alpha)
         results.append([x.detach() for loss in (ours, plain) for x in (loss, *torch.autograd.grad(loss.sum(), (p, s)))])
     (*got, loss, p, s), (*_, true_loss, true_p, true_s) = results
+    true, fake = true.detach(), fake.detach()
     terms = (noise**2 / (noise * (epsilon - true).abs().mean(1)).clamp(min=1e-5))[:, None] * (1 + alpha)
     sums = terms * ((fake - true).abs() + (epsilon - true).abs())  # what the gradients are differences of
     scales = [float((sums * (fake - true).abs()).sum(1).max()), float(sums.max()), float(sums.max())]
