@@ -11,6 +11,7 @@
 #include "cpu/isa.h"
 #include "masked_adamw.h"
 #include "scatter.h"
+#include "shifted_rows.h"
 #include "select_threshold.h"
 
 namespace py = pybind11;
@@ -181,6 +182,32 @@ void checked_accumulate_blocks(Address total, bool total_is_double, Address grad
                                 layout, threads);
 }
 
+void checked_shifted_rows(Address grad, std::int64_t element_size,
+                          const std::array<std::int64_t, 4>& grad_shape, Address rows, std::int64_t num_rows,
+                          const std::array<std::int64_t, 2>& kernel,
+                          const std::array<std::int64_t, 2>& around, const std::array<std::int64_t, 2>& size,
+                          Address out, int threads) {
+  check(threads >= 1, "expected threads >= 1");
+  check(element_size == 2 || element_size == 4 || element_size == 8, "expected element_size of 2, 4 or 8");
+  for (const std::int64_t extent : grad_shape) check(extent >= 0, "expected extents of grad_shape >= 0");
+  check(num_rows >= 0 && size[0] >= 0 && size[1] >= 0, "expected num_rows >= 0 and extents of size >= 0");
+  const auto [batch, height, width, channels] = grad_shape;
+  for (int d = 0; d < 2; ++d) {
+    check(kernel[d] >= 1 && around[d] >= 0, "expected extents of kernel >= 1 and of around >= 0");
+    check(grad_shape[1 + d] + 2 * around[d] == size[d] + kernel[d] - 1,
+          "expected grad_shape + 2 around = size + kernel - 1");
+  }
+  const bool empty = batch * size[0] * size[1] * num_rows == 0;
+  check(empty || (out && rows && (grad || height * width == 0)), "expected the addresses of grad, rows and out");
+  for (std::int64_t r = 0; r < num_rows; ++r) {
+    check(0 <= at<std::int64_t>(rows)[r] && at<std::int64_t>(rows)[r] < channels, "expected rows < channels");
+  }
+  if (empty) return;
+  shifted_rows_cpu({at<void>(grad), element_size, batch, height, width, channels, at<std::int64_t>(rows),
+                    num_rows, kernel[0], kernel[1], around[0], around[1], size[0], size[1]},
+                   at<void>(out), threads);
+}
+
 py::dict build_info() {
   return py::dict("version"_a = PECKER_VERSION, "compiler"_a = PECKER_COMPILER, "cuda"_a = bool(PECKER_CUDA),
                   "cuda_architectures"_a = PECKER_CUDA_ARCHITECTURES, "isa_compiled"_a = compiled_isas(),
@@ -215,6 +242,10 @@ be 0.)";
         "The same summed over blocks; csrc/accumulate_saliency.h describes view and block.",
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), "total"_a, "total_is_double"_a, "grad"_a,
         "grad_dtype"_a, "kind"_a, "view"_a, "block"_a, "threads"_a);
+  m.def("shifted_rows_cpu", checked_shifted_rows,
+        "Some channels of a channels-last gradient, shifted by every tap; csrc/shifted_rows.h has the shapes.",
+        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "grad"_a, "element_size"_a, "grad_shape"_a,
+        "rows"_a, "num_rows"_a, "kernel"_a, "around"_a, "size"_a, "out"_a, "threads"_a);
 #if PECKER_CUDA
   def_masked_adamw(m, "masked_adamw_cuda",
                    "masked_adamw_cpu in CUDA memory, one launch on a stream of the current device.",

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.ops.dispatch import Backend, Op, library
+
+ShiftedRows: TypeAlias = Callable[[Tensor, Tensor, tuple[int, int], tuple[int, int]], Tensor]
 
 MAX_SLABS = 64
 """With more block rows than this, many small products lose to one dense gradient (as they do for single weights)."""
 MIN_WIDTH = 16
 """Tiles of a linear layer that are narrower than this are not worth a product each."""
-UNFOLD_BELOW = 32
-"""Fewer active rows of a convolution than this are one matrix product; measured on a CPU."""
+SHIFTS_BYTES = 1 << 20
+"""Shifted rows are laid out for as many samples at a time as stay in a cache."""
+SLAB_ROWS, UNFOLD_COST = 16, 1.1
+"""oneDNN computes output channels by sixteens; one matrix product costs a tenth more a row, and computes them as they
+are. Measured on a CPU."""
+FEW_POSITIONS = 16
+"""Feature maps of 4 x 4 and less are too small for oneDNN's blocks in any case."""
 
 
 def masked_weight_grad(
@@ -89,6 +97,7 @@ def masked_weight_grad_reference(
     grid: BlockGrid,
     geometry: tuple[list[int], list[int], list[int], int],
     channels_last: bool,
+    shifted_rows: ShiftedRows | None = None,
 ) -> Tensor:
     """Plain-torch twin: dense gradients of slabs of channels that hold active blocks, gathered into blocks."""
     mask = ParameterMask(grid, active)  # block numbers stay on the CPU: reading them waits for no device
@@ -99,8 +108,9 @@ def masked_weight_grad_reference(
         return _widen(mask.gather(dense, channels_last))
     if grid.is_rows:
         rows = active.to(grad_output.device, non_blocking=True)
-        if _unfolding_pays(grad_output, len(rows), grid, geometry):
-            return _widen(_unfolded_weight_grad(grad_output, input, rows, grid.shape[2:], geometry[1]))
+        if _unfolding_pays(grad_output, input, len(rows), grid, geometry):
+            shift = shifted_rows or _shifted_rows_reference
+            return _widen(_unfolded_weight_grad(grad_output, input, rows, grid.shape[2:], geometry[1], shift))
         slab = _dense_weight_grad(_channels(grad_output, rows), input, (len(rows), *grid.shape[1:]), geometry)
         return _widen(slab)
     if len(grid.shape) == 2:
@@ -176,40 +186,81 @@ def _dense_weight_grad(
 
 
 def _unfolded_weight_grad(
-    grad_output: Tensor, input: Tensor, rows: Tensor, kernel: tuple[int, ...], padding: Sequence[int]
+    grad_output: Tensor,
+    input: Tensor,
+    rows: Tensor,
+    kernel: tuple[int, ...],
+    padding: Sequence[int],
+    shifted_rows: ShiftedRows,
 ) -> Tensor:
     """Gradient of some rows of a convolution of stride 1 as one matrix product.
 
     dW[o, i, t] = sum over positions q of dY[o, q + padding - t] X[i, q]: the shifts are taken of the few rows of dY,
     and X is read once, as it lies in memory if that is channels-last.
     """
-    (height, width), (batch, channels, in_height, in_width) = kernel, input.shape
-    around = (width - 1 - padding[1], height - 1 - padding[0])
-    picked = grad_output.permute(0, 2, 3, 1).index_select(3, rows)
-    padded = F.pad(picked, (0, 0, around[0], around[0], around[1], around[1])).contiguous()
-    sample, line, column, one = padded.stride()
-    shifts = padded.as_strided(
-        (batch, in_height, in_width, height, width * len(rows)), (sample, line, column, line, one)
-    ).reshape(-1, height * width * len(rows))
-    grad = shifts.t() @ input.permute(0, 2, 3, 1).reshape(-1, channels)
+    height, width = kernel
+    around = (height - 1 - padding[0], width - 1 - padding[1])
+    taps_rows, channels = height * width * len(rows), input.shape[1]
+    per_sample = math.prod(input.shape[2:]) * taps_rows * grad_output.element_size()
+    samples = max(SHIFTS_BYTES // max(per_sample, 1), 1)
+    grad = grad_output.new_zeros(taps_rows, channels)
+    for few_grads, few_inputs in zip(grad_output.split(samples), input.split(samples), strict=True):
+        shifts = shifted_rows(few_grads, rows, (height, width), around)
+        grad.addmm_(shifts.t(), few_inputs.permute(0, 2, 3, 1).reshape(-1, channels))
     return grad.view(height, width, len(rows), channels).flip(0, 1).permute(2, 3, 0, 1)
+
+
+def _shifted_rows_reference(
+    grad_output: Tensor, rows: Tensor, kernel: tuple[int, int], around: tuple[int, int]
+) -> Tensor:
+    """Some channels of (batch, channels, height, width), shifted by every tap: (positions of the input, taps * rows).
+
+    Position (y, x) of the input gets, for tap (i, j), the gradient at (y + i - around[0], x + j - around[1]).
+    """
+    (height, width), (y, x) = kernel, around
+    padded = F.pad(grad_output.permute(0, 2, 3, 1).index_select(3, rows), (0, 0, x, x, y, y)).contiguous()
+    batch, lines, columns = padded.shape[:3]
+    sample, line, column, one = padded.stride()
+    shape = (batch, lines - height + 1, columns - width + 1, height, width * len(rows))
+    shifts = padded.as_strided(shape, (sample, line, column, line, one))
+    return shifts.reshape(math.prod(shape[:3]), height * width * len(rows))
+
+
+def _shifted_rows_cpu(grad_output: Tensor, rows: Tensor, kernel: tuple[int, int], around: tuple[int, int]) -> Tensor:
+    grad = grad_output.permute(0, 2, 3, 1).contiguous()
+    size = tuple(n + 2 * a - k + 1 for n, a, k in zip(grad.shape[1:3], around, kernel, strict=True))
+    out = grad.new_empty(grad.shape[0] * math.prod(size), math.prod(kernel) * len(rows))
+    native.load().shifted_rows_cpu(
+        grad=grad.data_ptr(),
+        element_size=grad.element_size(),
+        grad_shape=tuple(grad.shape),
+        rows=rows.data_ptr(),
+        num_rows=len(rows),
+        kernel=kernel,
+        around=around,
+        size=size,
+        out=out.data_ptr(),
+        threads=torch.get_num_threads(),
+    )
+    return out
 
 
 def _unfolding_pays(
     grad_output: Tensor,
+    input: Tensor,
     rows: int,
     grid: BlockGrid,
     geometry: tuple[list[int], list[int], list[int], int],
 ) -> bool:
-    """Whether few rows of a convolution are better one matrix product: oneDNN computes output channels by sixteens."""
+    """Whether active rows of a convolution are better one matrix product than a slab of oneDNN's."""
     stride, padding, dilation, _ = geometry
-    return (
-        len(grid.shape) == 4
-        and grad_output.device.type == "cpu"
-        and (0 < rows < UNFOLD_BELOW or (rows > 0 and grid.view[2] == 1))  # 1x1: nothing to unfold
-        and all(step == 1 for step in (*stride, *dilation))
-        and all(pad < size for pad, size in zip(padding, grid.shape[2:], strict=True))
-    )
+    if len(grid.shape) != 4 or grad_output.device.type != "cpu" or any(step != 1 for step in (*stride, *dilation)):
+        return False
+    if not input.is_contiguous(memory_format=torch.channels_last):
+        return False
+    fits = all(pad < size for pad, size in zip(padding, grid.shape[2:], strict=True))
+    few = math.prod(grad_output.shape[2:]) <= FEW_POSITIONS or grid.view[2] == 1  # 1x1: nothing to unfold
+    return rows > 0 and fits and (few or UNFOLD_COST * rows < -(-rows // SLAB_ROWS) * SLAB_ROWS)
 
 
 def _channels(tensor: Tensor, channels: Tensor) -> Tensor:
@@ -252,14 +303,28 @@ def _reference(
     dilation: list[int],
     groups: int,
     channels_last: bool,
+    *,
+    shifted_rows: ShiftedRows | None = None,
 ) -> Tensor:
     grid = BlockGrid(tuple(shape), (view[0], view[1], view[2]), (block[0], block[1]))
     geometry = (stride, padding, dilation, groups)
-    grad = masked_weight_grad_reference(grad_output, input, active, grid, geometry, channels_last)
+    grad = masked_weight_grad_reference(grad_output, input, active, grid, geometry, channels_last, shifted_rows)
     return grad.contiguous(memory_format=_layout(compact_shape, channels_last))
 
 
-_OP = Op("masked_weight_grad", {"reference": Backend(_reference)})
+def _cpu(*arguments: Any) -> Tensor:
+    """The products are torch's; what they multiply is laid out by the native module."""
+    return _reference(*arguments, shifted_rows=_shifted_rows_cpu)
+
+
+_OP = Op(
+    "masked_weight_grad",
+    {
+        "reference": Backend(_reference),
+        "cpu": Backend(_cpu, devices=("cpu",), why_not=native.why_not),
+    },
+    prefer={"cpu": ("cpu",)},
+)
 
 library.define(
     "masked_weight_grad(Tensor grad_output, Tensor input, Tensor active, SymInt[] compact_shape, SymInt[] shape, "
