@@ -324,3 +324,27 @@ def test_build_info_and_isa_choice():
     assert module.build_info()["isa_selected"] == "scalar"
     with pytest.raises(ValueError, match="expected one of .*scalar"):
         module.use_isa("sse9")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"threads": 0}, "threads >= 1"),
+        ({"element_size": 3}, "element_size of 2, 4 or 8"),
+        ({"grad_shape": (1, -1, 4, 5)}, "grad_shape >= 0"),
+        ({"kernel": (0, 3)}, "kernel >= 1"),
+        ({"size": (5, 4)}, r"grad_shape \+ 2 around"),
+        ({"grad": 0}, "addresses of grad"),
+        ({"rows": torch.tensor([0, 5])}, "rows < channels"),
+        ({"rows": torch.tensor([-1, 2])}, "rows < channels"),
+    ],
+)
+def test_unsafe_shifts_raise(arguments, message):
+    grad, out, rows = torch.zeros(1, 4, 4, 5), torch.zeros(16, 18), arguments.pop("rows", torch.tensor([0, 4]))
+    good = {
+        "grad": grad.data_ptr(), "element_size": 4, "grad_shape": (1, 4, 4, 5), "rows": rows.data_ptr(), "num_rows": 2,
+        "kernel": (3, 3), "around": (1, 1), "size": (4, 4), "out": out.data_ptr(), "threads": 1,
+    }  # fmt: skip
+    native.load().shifted_rows_cpu(**(good | {"rows": torch.tensor([0, 4]).data_ptr(), "num_rows": 0}))
+    with pytest.raises(ValueError, match=message):
+        native.load().shifted_rows_cpu(**(good | arguments))

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.ops.dispatch import Backend, Op, library
-
-ShiftedRows: TypeAlias = Callable[[Tensor, Tensor, tuple[int, int], tuple[int, int]], Tensor]
-
-MAX_SLABS = 64
-"""With more block rows than this, many small products lose to one dense gradient (as they do for single weights)."""
-MIN_WIDTH = 16
-"""Tiles of a linear layer that are narrower than this are not worth a product each."""
-SHIFTS_BYTES = 1 << 20
-"""Shifted rows are laid out for as many samples at a time as stay in a cache."""
-SLAB_ROWS, UNFOLD_COST = 16, 1.1
-"""oneDNN computes output channels by sixteens; one matrix product costs a tenth more a row, and computes them as they
-are. Measured on a CPU."""
-FEW_POSITIONS = 16
-"""Feature maps of 4 x 4 and less are too small for oneDNN's blocks in any case."""
+from pecker_fast.ops.slabs import ShiftedRows, masked_weight_grad_reference, shifted_rows_cpu, slabs_pay
 
 
 def masked_weight_grad(
@@ -90,204 +76,8 @@ def masked_weight_grad(
     return grad
 
 
-def masked_weight_grad_reference(
-    grad_output: Tensor,
-    input: Tensor,
-    active: Tensor,
-    grid: BlockGrid,
-    geometry: tuple[list[int], list[int], list[int], int],
-    channels_last: bool,
-    shifted_rows: ShiftedRows | None = None,
-) -> Tensor:
-    """Plain-torch twin: dense gradients of slabs of channels that hold active blocks, gathered into blocks."""
-    mask = ParameterMask(grid, active)  # block numbers stay on the CPU: reading them waits for no device
-    if len(grid.shape) == 2:
-        grad_output, input = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, input))
-    if mask.is_full or not _slabs_pay(grid, geometry[3]):
-        dense = _dense_weight_grad(grad_output, input, grid.shape, geometry)
-        return _widen(mask.gather(dense, channels_last))
-    if grid.is_rows:
-        rows = active.to(grad_output.device, non_blocking=True)
-        if _unfolding_pays(grad_output, input, len(rows), grid, geometry):
-            shift = shifted_rows or _shifted_rows_reference
-            return _widen(_unfolded_weight_grad(grad_output, input, rows, grid.shape[2:], geometry[1], shift))
-        slab = _dense_weight_grad(_channels(grad_output, rows), input, (len(rows), *grid.shape[1:]), geometry)
-        return _widen(slab)
-    if len(grid.shape) == 2:
-        return _linear_tile_grads(grad_output, input, mask)
-    return _tile_grads(grad_output, input, mask, geometry, channels_last)
-
-
-def _linear_tile_grads(grad_output: Tensor, input: Tensor, mask: ParameterMask) -> Tensor:
-    """One product for each run of neighbouring blocks in a row of blocks, of views: nothing is gathered."""
-    (out, in_, _), (block_out, block_in) = mask.grid.view, mask.grid.block
-    pieces: list[Tensor] = []
-    for row, first, count in _runs_of_blocks(mask):
-        grad_rows = grad_output.narrow(1, row * block_out, min(block_out, out - row * block_out))
-        start, stop = first * block_in, min((first + count) * block_in, in_)
-        run = grad_rows.t() @ input.narrow(1, start, stop - start)
-        pieces += [block.reshape(-1) for block in run.split(block_in, dim=1)]
-    if not pieces:
-        return _widen(grad_output.new_empty(mask.compact_shape))
-    return _widen(torch.cat(pieces)).view(mask.compact_shape)
-
-
-def _runs_of_blocks(mask: ParameterMask) -> list[tuple[int, int, int]]:
-    """Active blocks that follow one another in a row of blocks: (row, first column, number of blocks)."""
-    columns = mask.grid.size[1]
-    starts = torch.ones(len(mask.active), dtype=torch.bool)
-    starts[1:] = (mask.active[1:] != mask.active[:-1] + 1) | (mask.active[1:] % columns == 0)
-    first = starts.nonzero().flatten()
-    counts = torch.diff(first, append=torch.tensor([len(mask.active)]))
-    blocks = mask.active[first]
-    return list(zip((blocks // columns).tolist(), (blocks % columns).tolist(), counts.tolist(), strict=True))
-
-
-def _tile_grads(
-    grad_output: Tensor,
-    input: Tensor,
-    mask: ParameterMask,
-    geometry: tuple[list[int], list[int], list[int], int],
-    channels_last: bool,
-) -> Tensor:
-    """One slab for each row of blocks of a convolution: its out channels against its active blocks' in channels."""
-    grid = mask.grid
-    (out, in_, _), (block_out, block_in), columns = grid.view, grid.block, grid.size[1]
-    pieces: list[Tensor] = []
-    for row in torch.unique(mask.active // columns).tolist():
-        cols = (mask.active[mask.active // columns == row] % columns).tolist()
-        spans = [(col * block_in, min((col + 1) * block_in, in_)) for col in cols]
-        channels = torch.cat([torch.arange(start, stop) for start, stop in spans]).to(input.device)
-        grad_rows = grad_output.narrow(1, row * block_out, min(block_out, out - row * block_out))
-        shape = (grad_rows.shape[1], len(channels), *grid.shape[2:])
-        slab = _dense_weight_grad(_same_layout(grad_rows, grad_output), _channels(input, channels), shape, geometry)
-        for block in slab.split([stop - start for start, stop in spans], dim=1):
-            block = block.flatten(2) if block.dim() > 2 else block.unsqueeze(2)
-            pieces.append((block.transpose(1, 2) if channels_last else block).reshape(-1))
-    if not pieces:
-        return _widen(grad_output.new_empty(mask.compact_shape))
-    return _widen(torch.cat(pieces)).view(mask.compact_shape)
-
-
-def _dense_weight_grad(
-    grad_output: Tensor, input: Tensor, shape: tuple[int, ...], geometry: tuple[list[int], list[int], list[int], int]
-) -> Tensor:
-    """Gradient of a whole weight of ``shape``, as autograd computes it."""
-    if len(shape) == 2:
-        return grad_output.t() @ input
-    if 0 in shape:
-        return grad_output.new_zeros(shape)
-    stride, padding, dilation, groups = geometry
-    weight = grad_output.new_empty(1).expand(shape)  # only its shape is read
-    _, grad, _ = torch.ops.aten.convolution_backward(
-        grad_output, input, weight, None, stride, padding, dilation, False, [0, 0], groups, [False, True, False]
-    )
-    return cast(Tensor, grad)
-
-
-def _unfolded_weight_grad(
-    grad_output: Tensor,
-    input: Tensor,
-    rows: Tensor,
-    kernel: tuple[int, ...],
-    padding: Sequence[int],
-    shifted_rows: ShiftedRows,
-) -> Tensor:
-    """Gradient of some rows of a convolution of stride 1 as one matrix product.
-
-    dW[o, i, t] = sum over positions q of dY[o, q + padding - t] X[i, q]: the shifts are taken of the few rows of dY,
-    and X is read once, as it lies in memory if that is channels-last.
-    """
-    height, width = kernel
-    around = (height - 1 - padding[0], width - 1 - padding[1])
-    taps_rows, channels = height * width * len(rows), input.shape[1]
-    per_sample = math.prod(input.shape[2:]) * taps_rows * grad_output.element_size()
-    samples = max(SHIFTS_BYTES // max(per_sample, 1), 1)
-    grad = grad_output.new_zeros(taps_rows, channels)
-    for few_grads, few_inputs in zip(grad_output.split(samples), input.split(samples), strict=True):
-        shifts = shifted_rows(few_grads, rows, (height, width), around)
-        grad.addmm_(shifts.t(), few_inputs.permute(0, 2, 3, 1).reshape(-1, channels))
-    return grad.view(height, width, len(rows), channels).flip(0, 1).permute(2, 3, 0, 1)
-
-
-def _shifted_rows_reference(
-    grad_output: Tensor, rows: Tensor, kernel: tuple[int, int], around: tuple[int, int]
-) -> Tensor:
-    """Some channels of (batch, channels, height, width), shifted by every tap: (positions of the input, taps * rows).
-
-    Position (y, x) of the input gets, for tap (i, j), the gradient at (y + i - around[0], x + j - around[1]).
-    """
-    (height, width), (y, x) = kernel, around
-    padded = F.pad(grad_output.permute(0, 2, 3, 1).index_select(3, rows), (0, 0, x, x, y, y)).contiguous()
-    batch, lines, columns = padded.shape[:3]
-    sample, line, column, one = padded.stride()
-    shape = (batch, lines - height + 1, columns - width + 1, height, width * len(rows))
-    shifts = padded.as_strided(shape, (sample, line, column, line, one))
-    return shifts.reshape(math.prod(shape[:3]), height * width * len(rows))
-
-
-def _shifted_rows_cpu(grad_output: Tensor, rows: Tensor, kernel: tuple[int, int], around: tuple[int, int]) -> Tensor:
-    grad = grad_output.permute(0, 2, 3, 1).contiguous()
-    size = tuple(n + 2 * a - k + 1 for n, a, k in zip(grad.shape[1:3], around, kernel, strict=True))
-    out = grad.new_empty(grad.shape[0] * math.prod(size), math.prod(kernel) * len(rows))
-    native.load().shifted_rows_cpu(
-        grad=grad.data_ptr(),
-        element_size=grad.element_size(),
-        grad_shape=tuple(grad.shape),
-        rows=rows.data_ptr(),
-        num_rows=len(rows),
-        kernel=kernel,
-        around=around,
-        size=size,
-        out=out.data_ptr(),
-        threads=torch.get_num_threads(),
-    )
-    return out
-
-
-def _unfolding_pays(
-    grad_output: Tensor,
-    input: Tensor,
-    rows: int,
-    grid: BlockGrid,
-    geometry: tuple[list[int], list[int], list[int], int],
-) -> bool:
-    """Whether active rows of a convolution are better one matrix product than a slab of oneDNN's."""
-    stride, padding, dilation, _ = geometry
-    if len(grid.shape) != 4 or grad_output.device.type != "cpu" or any(step != 1 for step in (*stride, *dilation)):
-        return False
-    if not input.is_contiguous(memory_format=torch.channels_last):
-        return False
-    fits = all(pad < size for pad, size in zip(padding, grid.shape[2:], strict=True))
-    few = math.prod(grad_output.shape[2:]) <= FEW_POSITIONS or grid.view[2] == 1  # 1x1: nothing to unfold
-    return rows > 0 and fits and (few or UNFOLD_COST * rows < -(-rows // SLAB_ROWS) * SLAB_ROWS)
-
-
-def _channels(tensor: Tensor, channels: Tensor) -> Tensor:
-    """Some channels of (batch, channels, ...), in the memory layout of ``tensor``."""
-    return _same_layout(tensor.index_select(1, channels), tensor)
-
-
-def _same_layout(part: Tensor, like: Tensor) -> Tensor:
-    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
-        return part.contiguous(memory_format=torch.channels_last)
-    return part
-
-
 def _layout(compact_shape: Sequence[int], channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last and len(compact_shape) == 4 else torch.contiguous_format
-
-
-def _widen(grad: Tensor) -> Tensor:
-    return grad if grad.dtype == torch.float64 else grad.float()
-
-
-def _slabs_pay(grid: BlockGrid, groups: int) -> bool:
-    """Whether slabs are cheaper than the dense gradient: not for single weights, thin tiles or grouped convolutions."""
-    if groups != 1 or grid.view[0] != grid.shape[0]:
-        return False
-    wide = len(grid.shape) > 2 or grid.block[1] >= MIN_WIDTH
-    return grid.is_rows or (grid.size[0] <= MAX_SLABS and wide)
 
 
 def _reference(
@@ -314,7 +104,7 @@ def _reference(
 
 def _cpu(*arguments: Any) -> Tensor:
     """The products are torch's; what they multiply is laid out by the native module."""
-    return _reference(*arguments, shifted_rows=_shifted_rows_cpu)
+    return _reference(*arguments, shifted_rows=shifted_rows_cpu)
 
 
 _OP = Op(
@@ -365,6 +155,6 @@ def _flops(
 ) -> int:
     """FLOPs that are done, 2 a multiply-add: those of the dense gradient where it is what is computed."""
     grid = BlockGrid(tuple(shape), (view[0], view[1], view[2]), (block[0], block[1]))
-    weights = math.prod(compact_shape) if _slabs_pay(grid, groups) else math.prod(shape)
+    weights = math.prod(compact_shape) if slabs_pay(grid, groups) else math.prod(shape)
     positions = math.prod(grad_output_shape) // shape[0]
     return 2 * weights * positions

@@ -5,9 +5,13 @@ import torch
 import torch.nn.functional as F
 from budget import assert_within_budget
 
+from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
-from pecker_fast.ops import masked_weight_grad
+from pecker_fast.ops import masked_weight_grad, slabs
+from pecker_fast.ops.slabs import shifted_rows_cpu, shifted_rows_reference
 
+needs_native = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
+BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 DENSITIES = [0.0, 0.1, 0.5, 1.0]
 BLOCKS = ["row", (4, 3), (16, 16), (64, 64), "element"]
 CONVS = [
@@ -34,7 +38,8 @@ def dense_gradient(forward, shape, dtype, grad_output):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_conv2d(shape, settings, block, density, channels_last):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_conv2d(shape, settings, block, density, channels_last, backend):
     mask = random_mask(shape, block, density)
     x = torch.randn(3, shape[1] * settings.get("groups", 1), 9, 8)
     if channels_last:
@@ -43,7 +48,7 @@ def test_conv2d(shape, settings, block, density, channels_last):
     grad_output = torch.randn_like(y)
     plain = dense_gradient(lambda w: F.conv2d(x, w, **settings), shape, torch.float32, grad_output)
     truth = dense_gradient(lambda w: F.conv2d(x.double(), w, **settings), shape, torch.float64, grad_output.double())
-    got = masked_weight_grad(grad_output, x, mask, channels_last=channels_last, **settings)
+    got = masked_weight_grad(grad_output, x, mask, channels_last=channels_last, backend=backend, **settings)
     assert got.shape == mask.compact_shape and got.dtype == torch.float32
     assert_within_budget(got, mask.gather(truth, channels_last), mask.gather(plain, channels_last))
 
@@ -89,3 +94,31 @@ def test_opcheck(channels_last, stride):
         [1, 4], [stride, stride], [1, 1], [1, 1], 1, channels_last, None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.pecker_fast.masked_weight_grad, arguments)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kernel, padding", [((3, 3), (1, 1)), ((1, 1), (0, 0)), ((3, 2), (0, 1)), ((5, 1), (4, 0))])
+@pytest.mark.parametrize("rows", [1, 3, 13])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shifted_rows_are_those_of_the_reference(dtype, kernel, padding, rows, threads):
+    torch.set_num_threads(threads)
+    grad = torch.randn(3, 20, 40, 33).to(dtype).to(memory_format=torch.channels_last)
+    picked = torch.randperm(20)[:rows].sort().values
+    around = tuple(size - 1 - pad for size, pad in zip(kernel, padding, strict=True))
+    got = shifted_rows_cpu(grad, picked, kernel, around)
+    assert torch.equal(got, shifted_rows_reference(grad, picked, kernel, around))
+
+
+@pytest.mark.parametrize("rows, samples_at_once", [(1, 1), (13, 1), (13, 2), (20, 100)])
+def test_one_product_equals_slabs_however_it_is_cut(monkeypatch, rows, samples_at_once):
+    """The path for few rows, whatever the measured rule says about this shape."""
+    x = torch.randn(5, 7, 9, 8).to(memory_format=torch.channels_last)
+    grad_output = torch.randn(5, 20, 9, 8).to(memory_format=torch.channels_last)
+    mask = ParameterMask(BlockGrid.of((20, 7, 3, 3), "row"), torch.randperm(20)[:rows].sort().values)
+    monkeypatch.setattr(slabs, "SHIFTS_BYTES", samples_at_once * 9 * 8 * 9 * rows * 4)
+    results = []
+    for pays in (True, False):
+        monkeypatch.setattr(slabs, "_unfolding_pays", lambda *_, pays=pays: pays)
+        results.append(masked_weight_grad(grad_output, x, mask, padding=(1, 1)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
