@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -38,6 +39,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+@functools.cache
+def _scratch() -> torch.Tensor:
+    return torch.ones(64 << 20)
+
+
+def settle() -> None:
+    """The same start for every contestant: no work under way, and no lines of the one before left in the caches."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    else:
+        _scratch().sum()
+
+
 def race(contestants: dict[str, Contestant], rounds: int = 7) -> dict[str, float]:
     """Median seconds of each contestant, all timed in turn within each round, so that noise hits them alike."""
     for contestant in contestants.values():
@@ -45,7 +59,7 @@ def race(contestants: dict[str, Contestant], rounds: int = 7) -> dict[str, float
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():
-            synchronize()
+            settle()
             started = time.perf_counter()
             contestant()
             synchronize()

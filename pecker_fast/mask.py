@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,7 @@ from pecker_fast.errors import FileFormatError
 from pecker_fast.maskable import survey
 from pecker_fast.packing import grid_of, pack, unpack
 from pecker_fast.saliency import Saliency
-from pecker_fast.selection import excluded_blocks, select_blocks, select_ranked
-
-Scope: TypeAlias = Literal["global", "layer"]
+from pecker_fast.selection import Scope, forbidden_blocks, select_blocks, select_in_scope, select_ranked
 
 FORMAT = "pecker_fast.mask"
 VERSION = 1
@@ -78,12 +75,12 @@ class BlockMask:
             saliency = Saliency(saliency)
         saliency.check()
         grids = saliency.grids(block)
-        forbidden = _forbidden(grids, exclude)
+        forbidden = forbidden_blocks(grids, (mask.parameters for mask in exclude))
 
         def select(part: Mapping[str, BlockGrid], budget: int) -> dict[str, ParameterMask]:
             return select_blocks(saliency, part, budget, forbidden)
 
-        parameters = _select(select, grids, density, scope, saliency.total)
+        parameters = select_in_scope(select, grids, density, scope, saliency.total)
         return cls(parameters, saliency.total, density, saliency.mass(parameters))
 
     @classmethod
@@ -107,12 +104,12 @@ class BlockMask:
         """
         check_density(density)
         scores.check()
-        means, forbidden = scores.means(), _forbidden(scores.grids, exclude)
+        means, forbidden = scores.means(), forbidden_blocks(scores.grids, (mask.parameters for mask in exclude))
 
         def select(part: Mapping[str, BlockGrid], budget: int) -> dict[str, ParameterMask]:
             return select_ranked(means, part, budget, forbidden=forbidden)
 
-        parameters = _select(select, scores.grids, density, scope, scores.total)
+        parameters = select_in_scope(select, scores.grids, density, scope, scores.total)
         return cls(parameters, scores.total, density, scores.mass(parameters))
 
     @classmethod
@@ -135,7 +132,7 @@ class BlockMask:
         generator = torch.Generator().manual_seed(seed)
         ranks = torch.randperm(sum(grid.num_blocks for grid in grids.values()), generator=generator)
         pieces = dict(zip(grids, ranks.split([grid.num_blocks for grid in grids.values()]), strict=True))
-        forbidden = _forbidden(grids, exclude)
+        forbidden = forbidden_blocks(grids, (mask.parameters for mask in exclude))
         parameters = select_ranked(pieces, grids, round(density * found.total), fill=True, forbidden=forbidden)
         return cls(parameters, found.total, density)
 
@@ -311,44 +308,5 @@ class BlockMask:
         return cls(parameters, int(header["total"]), float(header["density_asked"]), mass)
 
 
-def _select(
-    select: Callable[[Mapping[str, BlockGrid], int], dict[str, ParameterMask]],
-    grids: Mapping[str, BlockGrid],
-    density: float,
-    scope: Scope,
-    total: int,
-) -> dict[str, ParameterMask]:
-    """Select within the whole network, or within each layer, by its own share of the weights."""
-    if scope not in ("global", "layer"):
-        raise ValueError(f'scope: expected "global" or "layer", got {scope!r}')
-    if scope == "global":
-        return select(grids, round(density * total))
-    parameters: dict[str, ParameterMask] = {}
-    for layer in _layers(grids):
-        parameters |= select(layer, round(density * sum(grid.numel for grid in layer.values())))
-    return parameters
-
-
-def _forbidden(grids: Mapping[str, BlockGrid], exclude: Iterable[BlockMask]) -> dict[str, Tensor]:
-    """Blocks that share a weight with a mask of ``exclude``: name -> bool (num_blocks,), for weights with some."""
-    forbidden: dict[str, Tensor] = {}
-    for mask in exclude:
-        for name, parameter in mask.parameters.items():
-            if parameter.numel and name in grids:
-                blocks = excluded_blocks(grids[name], parameter)
-                forbidden[name] = blocks | forbidden.get(name, blocks)
-    if forbidden and all(name in forbidden and bool(forbidden[name].all()) for name in grids):
-        raise ValueError("exclude: the masks to leave alone touch every block, so nothing is left to select")
-    return forbidden
-
-
 def _cut(grid: BlockGrid | None) -> str:
     return "missing" if grid is None else f"{grid.shape} in blocks of {grid.block}"
-
-
-def _layers(grids: Mapping[str, BlockGrid]) -> list[dict[str, BlockGrid]]:
-    """Weights grouped by the module that owns them."""
-    layers: dict[str, dict[str, BlockGrid]] = {}
-    for name, grid in grids.items():
-        layers.setdefault(name.rpartition(".")[0], {})[name] = grid
-    return list(layers.values())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.ops.select_threshold import select_threshold
+
+Scope: TypeAlias = Literal["global", "layer"]
+"""Rank over the whole network, or within each layer (a module's weight and bias)."""
 
 
 def select_blocks(
@@ -95,7 +99,48 @@ def _select_elements(
     return selected
 
 
-def excluded_blocks(grid: BlockGrid, other: ParameterMask) -> Tensor:
+def select_in_scope(
+    select: Callable[[Mapping[str, BlockGrid], int], dict[str, ParameterMask]],
+    grids: Mapping[str, BlockGrid],
+    density: float,
+    scope: Scope,
+    total: int,
+) -> dict[str, ParameterMask]:
+    """Select within the whole network, or within each layer, by its own share of the weights."""
+    if scope not in ("global", "layer"):
+        raise ValueError(f'scope: expected "global" or "layer", got {scope!r}')
+    if scope == "global":
+        return select(grids, round(density * total))
+    parameters: dict[str, ParameterMask] = {}
+    for layer in _layers(grids):
+        parameters |= select(layer, round(density * sum(grid.numel for grid in layer.values())))
+    return parameters
+
+
+def forbidden_blocks(
+    grids: Mapping[str, BlockGrid], exclude: Iterable[Mapping[str, ParameterMask]]
+) -> dict[str, Tensor]:
+    """Blocks that share a weight with one of ``exclude``: name -> bool (num_blocks,), for weights with some."""
+    forbidden: dict[str, Tensor] = {}
+    for parameters in exclude:
+        for name, parameter in parameters.items():
+            if parameter.numel and name in grids:
+                blocks = _excluded_blocks(grids[name], parameter)
+                forbidden[name] = blocks | forbidden.get(name, blocks)
+    if forbidden and all(name in forbidden and bool(forbidden[name].all()) for name in grids):
+        raise ValueError("exclude: the masks to leave alone touch every block, so nothing is left to select")
+    return forbidden
+
+
+def _layers(grids: Mapping[str, BlockGrid]) -> list[dict[str, BlockGrid]]:
+    """Weights grouped by the module that owns them."""
+    layers: dict[str, dict[str, BlockGrid]] = {}
+    for name, grid in grids.items():
+        layers.setdefault(name.rpartition(".")[0], {})[name] = grid
+    return list(layers.values())
+
+
+def _excluded_blocks(grid: BlockGrid, other: ParameterMask) -> Tensor:
     """Blocks of ``grid`` that share a weight with ``other``, however that one is cut: bool (num_blocks,)."""
     if other.grid == grid:
         return other.flags()

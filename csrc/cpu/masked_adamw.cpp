@@ -6,8 +6,9 @@
 namespace pecker {
 
 namespace {
-constexpr std::int64_t kChunk =
-    2048;  // elements: the new values (8 KiB) are still in L1 when they are scattered
+// Elements: the new values (2 KiB) are still in L1 when they are scattered, and the writes past the caches are
+// spread among the reads of the next chunk.
+constexpr std::int64_t kChunk = 512;
 }
 
 void masked_adamw_cpu(const AdamwBuffers& buffers, const AdamwConstants& constants, const ScatterTable& table,
