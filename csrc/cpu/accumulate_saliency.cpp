@@ -5,19 +5,12 @@
 
 namespace pecker {
 
-namespace {
-// Elements. One core comes near what the memory gives, so another thread pays only for much: on weights of
-// 2.4 million two were slower than one.
-constexpr std::int64_t kShare = 1 << 21;
-}  // namespace
-
 void accumulate_saliency_cpu(const SaliencyTotal& total, const SaliencyGrad& grad, std::int64_t numel,
                              int threads) {
   const auto add = selected_kernels().accumulate->elements[total.is_double][grad.dtype];
-  parallel_for(
-      numel, threads,
-      [&](std::int64_t begin, std::int64_t end) { add(total.data, grad.data, grad.kind, begin, end); },
-      kShare);
+  parallel_for(numel, threads, [&](std::int64_t begin, std::int64_t end) {
+    add(total.data, grad.data, grad.kind, begin, end);
+  });
 }
 
 void accumulate_block_saliency_cpu(const SaliencyTotal& total, const SaliencyGrad& grad,
@@ -25,7 +18,7 @@ void accumulate_block_saliency_cpu(const SaliencyTotal& total, const SaliencyGra
   const auto add = selected_kernels().accumulate->blocks[total.is_double][grad.dtype];
   const std::int64_t rows = layout.rows();
   const std::int64_t row_numel = layout.block_out * layout.repeat * layout.in * layout.unit;
-  const std::int64_t min_share = kShare / std::clamp<std::int64_t>(row_numel, 1, kShare);
+  const std::int64_t min_share = kMinShare / std::clamp<std::int64_t>(row_numel, 1, kMinShare);
   parallel_for(
       rows, threads,
       [&](std::int64_t begin, std::int64_t end) {

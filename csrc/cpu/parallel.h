@@ -3,30 +3,26 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <future>
-#include <vector>
+#include <functional>
 
 namespace pecker {
 
-constexpr std::int64_t kMinShare =
-    1 << 16;  // elements; below this, starting a thread costs more than it saves
+constexpr std::int64_t kMinShare = 1 << 16;  // elements; below this, waking a thread costs more than it saves
 constexpr std::int64_t kShareAlignment = 16;  // floats in a cache line, so that no line has two writers
 
-// Calls work(begin, end) for shares of [0, n); the calling thread takes one of them. Threads are made per
-// call: their start is small against a share, and none is left behind to trouble a fork. std::async's default
-// policy runs a share in the caller when the system refuses another thread.
+// Runs share(0) to share(count - 1) at the same time, and rethrows the first exception of one.
+void run_shares(std::int64_t count, const std::function<void(std::int64_t)>& share);
+
+// Calls work(begin, end) for shares of [0, n).
 template <typename Work>
 void parallel_for(std::int64_t n, int threads, const Work& work, std::int64_t min_share = kMinShare,
                   std::int64_t alignment = kShareAlignment) {
   const std::int64_t shares = std::clamp<std::int64_t>(n / min_share, 1, threads);
   const std::int64_t even = (n + shares - 1) / shares;
   const std::int64_t share = (even + alignment - 1) / alignment * alignment;
-  std::vector<std::future<void>> helpers;
-  for (std::int64_t begin = share; begin < n; begin += share) {
-    helpers.push_back(std::async([&work, begin, end = std::min(begin + share, n)] { work(begin, end); }));
-  }
-  work(std::int64_t{0}, std::min(share, n));
-  for (std::future<void>& helper : helpers) helper.get();
+  if (shares == 1 || share >= n) return work(std::int64_t{0}, n);
+  run_shares((n + share - 1) / share,
+             [&](std::int64_t i) { work(i * share, std::min((i + 1) * share, n)); });
 }
 
 }  // namespace pecker

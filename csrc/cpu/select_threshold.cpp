@@ -9,7 +9,7 @@ namespace pecker {
 namespace {
 
 constexpr std::int64_t kFew = 1 << 18;      // fewer values than this: small histograms, more passes
-constexpr std::int64_t kShare = 1 << 19;    // values: below this, a thread and its histograms cost too much
+constexpr std::int64_t kShare = 1 << 19;    // values: below this, more histograms cost too much
 constexpr std::int64_t kPiece = 1LL << 31;  // values at a time, so that no 32-bit count overflows
 
 // Calls work(data, n) for what the range [begin, end) of all values, one array after the other, consists of.

@@ -8,8 +8,6 @@
 namespace pecker {
 namespace {
 
-constexpr std::int64_t kMinElements = 1 << 18;  // written; below this another thread costs more than it saves
-
 // The picked channels of one line of the gradient, with room around it: [around + grad_width + around][rows].
 template <typename Element>
 class PickedLine {
@@ -61,7 +59,7 @@ void shift_lines(const ShiftedRows& s, Element* out, std::int64_t begin, std::in
 template <typename Element>
 void shift(const ShiftedRows& s, void* out, int threads) {
   const std::int64_t line = s.width * s.kernel_height * s.kernel_width * s.num_rows;
-  const std::int64_t lines_at_least = line > 0 ? kMinElements / line + 1 : 1;
+  const std::int64_t lines_at_least = line > 0 ? kMinShare / line + 1 : 1;
   parallel_for(
       s.batch * s.height, threads,
       [&](std::int64_t begin, std::int64_t end) {
