@@ -212,13 +212,18 @@ def slabs_pay(grid: BlockGrid, groups: int) -> bool:
 
 def _channels(tensor: Tensor, channels: Tensor) -> Tensor:
     """Some channels of (batch, channels, ...), in the memory layout of ``tensor``."""
-    return _same_layout(tensor.index_select(1, channels), tensor)
+    if _is_channels_last(tensor):  # indexed where they are next to each other, and copied once
+        return tensor.permute(0, 2, 3, 1).index_select(3, channels).permute(0, 3, 1, 2)
+    return tensor.index_select(1, channels)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()
 
 
 def _same_layout(part: Tensor, like: Tensor) -> Tensor:
-    if like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous():
-        return part.contiguous(memory_format=torch.channels_last)
-    return part
+    return part.contiguous(memory_format=torch.channels_last) if _is_channels_last(like) else part
 
 
 def _widen(grad: Tensor) -> Tensor:
