@@ -15,12 +15,6 @@ from torch import nn
 
 from pecker_fast import BlockMask, MaskedAdamW, apply_mask, change_mask
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start_for_every_test):
-    torch.set_num_threads(1)  # a few dozen weights: a second thread only waits
-
-
 STEPS = 1000
 LR, DECAY = 0.05, 0.2  # their product moves even a bfloat16 weight in one step
 

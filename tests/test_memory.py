@@ -16,12 +16,6 @@ from pecker_fast import BlockMask, MaskedAdamW, apply_mask
 from pecker_fast.layers import LINEAR_TILES_DENSE_ABOVE, ROWS_DENSE_ABOVE
 from pecker_fast.models import DDPMUNet
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start_for_every_test):
-    torch.set_num_threads(1)  # for networks as small as these a second one only waits
-
-
 # -- state: a formula ------------------------------------------------------------------------------
 
 

@@ -23,12 +23,6 @@ DENSITIES = st.sampled_from([0.0, 0.05, 0.3, 0.5, 0.9, 1.0])
 BLOCKS = st.sampled_from(["row", "element", (4, 3), (8, 8), (64, 64), "auto"])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start_for_every_test) -> None:
-    """On small tensors threads only wait for each other."""
-    torch.set_num_threads(1)
-
-
 def many(test, cases=CASES):
     """As many cases as promised, the same in every run."""
     checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
