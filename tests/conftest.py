@@ -1,7 +1,12 @@
 """Shared by all tests: one thread, fixed seeds, and the devices there are."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # Triton kernels then run in its interpreter; read when they are first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
