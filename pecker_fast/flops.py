@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from pecker_fast.ops.masked_weight_grad import register_flops
+
 aten = torch.ops.aten
 
 
@@ -24,6 +26,7 @@ def count_flops() -> Iterator[FlopCount]:
 
     It is ``torch.utils.flop_counter``, with attention counted on the CPU too, where torch counts it as 0.
     """
+    register_flops()
     count = FlopCount()
     mode = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
     try:

@@ -19,6 +19,7 @@ from pecker_fast.block_scores import ScoreKind
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.frozen_channels import channels_with_gradient
 from pecker_fast.functional import link, masked_conv2d, masked_linear, require_grad_like, score
+from pecker_fast.ops.masked_weight_grad import register_flops
 
 SUFFIX = "_active"
 
@@ -250,6 +251,7 @@ Measured on a CPU: benchmarks/bench_masked_weight_grad.py and bench_masked_layer
 
 def mask_layer(module: nn.Module, masks: Mapping[str, ParameterMask], dtype: torch.dtype) -> None:
     """Turn ``module`` into a masked layer, in place; ``masks`` are those of its weights that have active blocks."""
+    register_flops()
     module.__class__ = MASKED_CLASSES[type(module)]
     layer = cast(MaskedLayer, module)
     layer.masks = dict(masks)

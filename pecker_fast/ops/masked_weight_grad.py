@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
@@ -137,7 +137,14 @@ def _fake(grad_output: Tensor, input: Tensor, active: Tensor, compact_shape: lis
     return torch.empty(compact_shape, dtype=dtype, device=grad_output.device, memory_format=layout)
 
 
-@register_flop_formula(torch.ops.pecker_fast.masked_weight_grad)
+@functools.cache
+def register_flops() -> None:
+    """Teach ``torch.utils.flop_counter`` this op; not on import, because that file imports triton where there is one."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    register_flop_formula(torch.ops.pecker_fast.masked_weight_grad)(_flops)
+
+
 def _flops(
     grad_output_shape: Sequence[int],
     input_shape: Sequence[int],
