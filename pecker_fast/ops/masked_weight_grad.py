@@ -139,7 +139,7 @@ def _fake(grad_output: Tensor, input: Tensor, active: Tensor, compact_shape: lis
 
 @functools.cache
 def register_flops() -> None:
-    """Teach ``torch.utils.flop_counter`` this op; not on import, because that file imports triton where there is one."""
+    """Teach ``torch.utils.flop_counter`` this op; not on import, because that file imports triton if it is there."""
     from torch.utils.flop_counter import register_flop_formula
 
     register_flop_formula(torch.ops.pecker_fast.masked_weight_grad)(_flops)
