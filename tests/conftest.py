@@ -1,12 +1,16 @@
 """Shared by all tests: one thread, fixed seeds, and the devices there are."""
 
+import importlib.util
 import os
 
+import interpreter
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # Triton kernels then run in its interpreter; read when they are first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        interpreter.repair()
 
 
 @pytest.fixture(autouse=True)

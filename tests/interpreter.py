@@ -1,0 +1,16 @@
+"""Triton's interpreter with the numpy of our pins: in triton 3.6 loop bounds are arrays, which numpy 2.4 takes no index of."""
+
+from typing import Any
+
+
+def repair() -> None:
+    """Make ``range(tensor)`` work in interpreted kernels."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
