@@ -7,12 +7,15 @@ so that ops may take these types as arguments without knowing anything of models
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+
+from pecker_fast.once import once
 
 Block: TypeAlias = tuple[int, int] | Literal["row", "element", "auto"]
 
@@ -244,15 +247,28 @@ class ParameterMask:
         if self.is_full:
             return dense
         if self.grid.is_rows:
-            return dense.index_select(0, self.active.to(dense.device))
+            return dense.index_select(0, self.active_on(dense.device))
         if self.grid.is_even:
             return self._gather_tiles(dense, channels_last)
-        return dense.reshape(-1)[self.index(channels_last).to(dense.device)]
+        return dense.reshape(-1)[self.index_on(dense.device, channels_last)]
+
+    def active_on(self, device: torch.device) -> Tensor:
+        """``active`` on a device."""
+        return self._once_on(device, "active", lambda: self.active)
+
+    def index_on(self, device: torch.device, channels_last: bool = False) -> Tensor:
+        """``index`` on a device."""
+        return self._once_on(device, ("index", self.grid, channels_last), lambda: self.index(channels_last))
+
+    def _once_on(self, device: torch.device, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """Kept where it would have to be copied again: each copy to a GPU makes the host wait for it."""
+        return make() if device.type == "cpu" else once(self.active, (what, device), lambda: make().to(device))
 
     def _gather_tiles(self, dense: Tensor, channels_last: bool) -> Tensor:
         """Whole tiles at once, where no tile is cut off at an edge."""
         taps, (block_out, block_in), (rows, columns) = self.grid.view[2], self.grid.block, self.grid.size
-        row, column = (self.active // columns).to(dense.device), (self.active % columns).to(dense.device)
+        active = self.active_on(dense.device)
+        row, column = active // columns, active % columns
         if channels_last and dense.dim() == 4:
             tiles = dense.permute(0, 2, 3, 1).reshape(rows, block_out, taps, columns, block_in)
             return tiles[row, :, :, column].reshape(-1)

@@ -207,7 +207,7 @@ class FlatStore:
         if entry.mask.is_full:
             return self._view(flat, entry).clone(memory_format=torch.contiguous_format)
         dense = flat.new_zeros(entry.mask.grid.numel)
-        dense[entry.mask.index(entry.channels_last).to(flat.device)] = entry.stretch(flat)
+        dense[entry.mask.index_on(flat.device, entry.channels_last)] = entry.stretch(flat)
         return dense.view(entry.mask.grid.shape)
 
     @torch.no_grad()

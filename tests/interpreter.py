@@ -1,4 +1,4 @@
-"""Triton's interpreter with the numpy of our pins: in triton 3.6 loop bounds are arrays, which numpy 2.4 takes no index of."""
+"""Triton 3.6 interprets loop bounds as arrays, of which numpy from 2.4 on makes no index."""
 
 from typing import Any
 

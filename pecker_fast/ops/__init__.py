@@ -9,13 +9,16 @@ from pecker_fast.ops.masked_adamw import masked_adamw_
 from pecker_fast.ops.masked_weight_grad import masked_weight_grad
 from pecker_fast.ops.select_threshold import select_threshold
 from pecker_fast.ops.sid_loss import sid_loss
+from pecker_fast.ops.weight_grad_epilogues import accumulate_weight_grad_, score_weight_grad_
 
 __all__ = [
     "OPS",
     "accumulate_saliency_",
+    "accumulate_weight_grad_",
     "backends",
     "masked_adamw_",
     "masked_weight_grad",
+    "score_weight_grad_",
     "select_threshold",
     "sid_loss",
     "use_backend",

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.ops import tiled_weight_grad, triton_kernels
 from pecker_fast.ops.dispatch import Backend, Op, library
-from pecker_fast.ops.slabs import ShiftedRows, masked_weight_grad_reference, shifted_rows_cpu, slabs_pay
+from pecker_fast.ops.problem import SCHEMA, Problem, compact_layout, grad_dtype, problem
+from pecker_fast.ops.slabs import masked_weight_grad_reference, shifted_rows_cpu, slabs_pay
+from pecker_fast.ops.weight_grad_ways import WAYS, backend_for, choose_way
 
 
 def masked_weight_grad(
@@ -50,91 +53,46 @@ def masked_weight_grad(
     Raises:
         ValueError: Shapes do not fit the mask.
     """
-    grid = mask.grid
-    is_linear = len(grid.shape) == 2
-    out_dim, in_channels = (-1, grid.shape[1]) if is_linear else (1, grid.shape[1] * groups)
-    if grad_output.shape[out_dim] != grid.shape[0] or input.shape[out_dim] != in_channels:
-        raise ValueError(
-            f"masked_weight_grad: weight {grid.shape} with groups={groups} takes {in_channels} channels in and "
-            f"{grid.shape[0]} out, got input {tuple(input.shape)} and grad_output {tuple(grad_output.shape)}"
-        )
-    grad: Tensor = torch.ops.pecker_fast.masked_weight_grad(
-        grad_output,
-        input,
-        mask.active,
-        list(mask.compact_shape),
-        list(grid.shape),
-        list(grid.view),
-        list(grid.block),
-        list(stride),
-        list(padding),
-        list(dilation),
-        groups,
-        channels_last,
-        backend,
-    )
+    given = problem(grad_output, input, mask, stride, padding, dilation, groups, channels_last)
+    given.check("masked_weight_grad")
+    grad: Tensor = torch.ops.pecker_fast.masked_weight_grad(*given.arguments(), backend)
     return grad
 
 
-def _layout(compact_shape: Sequence[int], channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last and len(compact_shape) == 4 else torch.contiguous_format
-
-
-def _reference(
-    grad_output: Tensor,
-    input: Tensor,
-    active: Tensor,
-    compact_shape: list[int],
-    shape: list[int],
-    view: list[int],
-    block: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    channels_last: bool,
-    *,
-    shifted_rows: ShiftedRows | None = None,
-) -> Tensor:
-    grid = BlockGrid(tuple(shape), (view[0], view[1], view[2]), (block[0], block[1]))
-    geometry = (stride, padding, dilation, groups)
-    grad = masked_weight_grad_reference(grad_output, input, active, grid, geometry, channels_last, shifted_rows)
-    return grad.contiguous(memory_format=_layout(compact_shape, channels_last))
-
-
-def _cpu(*arguments: Any) -> Tensor:
+def _cpu(problem: Problem) -> Tensor:
     """The products are torch's; what they multiply is laid out by the native module."""
-    return _reference(*arguments, shifted_rows=shifted_rows_cpu)
+    return masked_weight_grad_reference(problem, shifted_rows=shifted_rows_cpu)
 
 
 _OP = Op(
     "masked_weight_grad",
     {
-        "reference": Backend(_reference),
+        "reference": Backend(masked_weight_grad_reference),
         "cpu": Backend(_cpu, devices=("cpu",), why_not=native.why_not),
+        "triton": Backend(
+            tiled_weight_grad.tiled_weight_grad, devices=triton_kernels.DEVICES, why_not=triton_kernels.why_not
+        ),
     },
-    prefer={"cpu": ("cpu",)},
+    prefer={"cpu": ("cpu",), "cuda": ("triton",)},
 )
 
-library.define(
-    "masked_weight_grad(Tensor grad_output, Tensor input, Tensor active, SymInt[] compact_shape, SymInt[] shape, "
-    "SymInt[] view, SymInt[] block, SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, "
-    "bool channels_last, str? backend) -> Tensor"
-)
+library.define(f"masked_weight_grad({SCHEMA}, str? backend) -> Tensor")
 
 
 @torch.library.impl(library, "masked_weight_grad", "CompositeExplicitAutograd")
 def _run(*args: Any) -> Tensor:
-    *inputs, backend = args
-    grad: Tensor = _OP.run(_OP.choose(inputs[0].device, backend), *inputs)
+    *arguments, backend = args
+    problem = Problem.of(*arguments)
+    if problem.input.device.type == "cuda" and backend is None and _OP.requested() is None:
+        return WAYS[choose_way(problem).used](problem)
+    grad: Tensor = _OP.run(backend_for(_OP, problem, backend), problem)
     return grad
 
 
 @torch.library.register_fake("pecker_fast::masked_weight_grad")
 def _fake(grad_output: Tensor, input: Tensor, active: Tensor, compact_shape: list[int], *rest: Any) -> Tensor:
-    dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
-    layout = _layout(compact_shape, channels_last=rest[-2])
-    return torch.empty(compact_shape, dtype=dtype, device=grad_output.device, memory_format=layout)
+    layout = compact_layout(compact_shape, channels_last=rest[-2])
+    return torch.empty(compact_shape, dtype=grad_dtype(grad_output), device=grad_output.device, memory_format=layout)
 
 
 @functools.cache

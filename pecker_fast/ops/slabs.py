@@ -12,9 +12,8 @@ from torch import Tensor
 
 from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.ops.problem import Geometry, Problem, grad_dtype
 
-Geometry: TypeAlias = tuple[list[int], list[int], list[int], int]
-"""Stride, padding, dilation and groups of a convolution."""
 ShiftedRows: TypeAlias = Callable[[Tensor, Tensor, tuple[int, int], tuple[int, int]], Tensor]
 
 MAX_SLABS = 64
@@ -30,32 +29,43 @@ FEW_POSITIONS = 16
 """Feature maps of 4 x 4 and less are too small for oneDNN's blocks in any case."""
 
 
-def masked_weight_grad_reference(
-    grad_output: Tensor,
-    input: Tensor,
-    active: Tensor,
-    grid: BlockGrid,
-    geometry: Geometry,
-    channels_last: bool,
-    shifted_rows: ShiftedRows | None = None,
-) -> Tensor:
+def masked_weight_grad_reference(problem: Problem, shifted_rows: ShiftedRows | None = None) -> Tensor:
     """Plain-torch twin: dense gradients of slabs of channels that hold active blocks, gathered into blocks."""
-    mask = ParameterMask(grid, active)  # block numbers stay on the CPU: reading them waits for no device
-    if len(grid.shape) == 2:
-        grad_output, input = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (grad_output, input))
-    if mask.is_full or not slabs_pay(grid, geometry[3]):
-        dense = _dense_weight_grad(grad_output, input, grid.shape, geometry)
-        return _widen(mask.gather(dense, channels_last))
-    if grid.is_rows:
-        rows = active.to(grad_output.device, non_blocking=True)
-        if _unfolding_pays(grad_output, input, len(rows), grid, geometry):
-            shift = shifted_rows or shifted_rows_reference
-            return _widen(_unfolded_weight_grad(grad_output, input, rows, grid.shape[2:], geometry[1], shift))
-        slab = _dense_weight_grad(_channels(grad_output, rows), input, (len(rows), *grid.shape[1:]), geometry)
-        return _widen(slab)
-    if len(grid.shape) == 2:
-        return _linear_tile_grads(grad_output, input, mask)
-    return _tile_grads(grad_output, input, mask, geometry, channels_last)
+    mask, geometry = problem.mask, problem.geometry  # block numbers stay on the CPU: reading them waits for no device
+    if mask.is_full or not slabs_pay(mask.grid, geometry[3]):
+        return gathered_weight_grad(problem)
+    grad_output, input = _operands(problem)
+    if mask.grid.is_rows:
+        grad = _row_grads(grad_output, input, mask, geometry, shifted_rows or shifted_rows_reference)
+    elif problem.is_linear:
+        grad = _linear_tile_grads(grad_output, input, mask)
+    else:
+        grad = _tile_grads(grad_output, input, mask, geometry, problem.channels_last)
+    return _widen(grad).contiguous(memory_format=problem.grad_layout)
+
+
+def gathered_weight_grad(problem: Problem) -> Tensor:
+    """The whole weight's gradient, and of that the active blocks."""
+    dense = _dense_weight_grad(*_operands(problem), problem.mask.grid.shape, problem.geometry)
+    grad = _widen(problem.mask.gather(dense, problem.channels_last))
+    return grad.contiguous(memory_format=problem.grad_layout)
+
+
+def _operands(problem: Problem) -> tuple[Tensor, Tensor]:
+    grad_output, input = problem.grad_output, problem.input
+    if problem.is_linear:
+        return grad_output.reshape(-1, grad_output.shape[-1]), input.reshape(-1, input.shape[-1])
+    return grad_output, input
+
+
+def _row_grads(
+    grad_output: Tensor, input: Tensor, mask: ParameterMask, geometry: Geometry, shifted_rows: ShiftedRows
+) -> Tensor:
+    """One slab of the active rows."""
+    grid, rows = mask.grid, mask.active_on(grad_output.device)
+    if _unfolding_pays(grad_output, input, len(rows), grid, geometry):
+        return _unfolded_weight_grad(grad_output, input, rows, grid.shape[2:], geometry[1], shifted_rows)
+    return _dense_weight_grad(_channels(grad_output, rows), input, (len(rows), *grid.shape[1:]), geometry)
 
 
 def _linear_tile_grads(grad_output: Tensor, input: Tensor, mask: ParameterMask) -> Tensor:
@@ -68,8 +78,8 @@ def _linear_tile_grads(grad_output: Tensor, input: Tensor, mask: ParameterMask) 
         run = grad_rows.t() @ input.narrow(1, start, stop - start)
         pieces += [block.reshape(-1) for block in run.split(block_in, dim=1)]
     if not pieces:
-        return _widen(grad_output.new_empty(mask.compact_shape))
-    return _widen(torch.cat(pieces)).view(mask.compact_shape)
+        return grad_output.new_empty(mask.compact_shape)
+    return torch.cat(pieces).view(mask.compact_shape)
 
 
 def _runs_of_blocks(mask: ParameterMask) -> list[tuple[int, int, int]]:
@@ -105,8 +115,8 @@ def _tile_grads(
             block = block.flatten(2) if block.dim() > 2 else block.unsqueeze(2)
             pieces.append((block.transpose(1, 2) if channels_last else block).reshape(-1))
     if not pieces:
-        return _widen(grad_output.new_empty(mask.compact_shape))
-    return _widen(torch.cat(pieces)).view(mask.compact_shape)
+        return grad_output.new_empty(mask.compact_shape)
+    return torch.cat(pieces).view(mask.compact_shape)
 
 
 def _dense_weight_grad(grad_output: Tensor, input: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
@@ -227,4 +237,4 @@ def _same_layout(part: Tensor, like: Tensor) -> Tensor:
 
 
 def _widen(grad: Tensor) -> Tensor:
-    return grad if grad.dtype == torch.float64 else grad.float()
+    return grad.to(grad_dtype(grad))

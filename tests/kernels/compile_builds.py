@@ -50,10 +50,7 @@ def facts(build, capability: int) -> dict[str, object]:
         "shared_bytes": compiled.metadata.shared,
         "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
         "mma_sync": len(re.findall(r"mma\.sync", ptx)),
-        "async_copies": [
-            int(size)
-            for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, (0x10|16|8|4)", ptx.replace("0x10", "16"))
-        ],
+        "async_copies": [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;]*?\], (0x[0-9a-f]+|\d+)", ptx)],
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
         "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
     }

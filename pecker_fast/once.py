@@ -1,0 +1,33 @@
+"""Values that depend on a mask's active blocks: made once, forgotten with the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
+
+_values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def once(active: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make`` gave the first time it was asked for ``key`` of these blocks.
+
+    Args:
+        active: Block numbers of a mask, as the one tensor that they always are.
+        key: What is asked for, and all it depends on beside the blocks; its first entry says by whom.
+        make: Computes it; copies to a GPU belong here, so that only the first call waits for them.
+    """
+    values = _values.setdefault(active, {})
+    if key not in values:
+        values[key] = make()
+    value: T = values[key]
+    return value
+
+
+def known(active: Tensor, key: Hashable) -> bool:
+    """Whether ``once`` has a value for ``key`` of these blocks."""
+    return key in _values.get(active, {})

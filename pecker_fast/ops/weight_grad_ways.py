@@ -1,0 +1,70 @@
+"""The ways in which a GPU can compute the weight gradient of active blocks, and the choice between them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from pecker_fast.once import known, once
+from pecker_fast.ops import triton_kernels
+from pecker_fast.ops.dispatch import Op
+from pecker_fast.ops.fastest import Choice, fastest, why_not_measured
+from pecker_fast.ops.problem import Problem
+from pecker_fast.ops.slabs import gathered_weight_grad, masked_weight_grad_reference
+from pecker_fast.ops.tiled_weight_grad import tiled_weight_grad, why_not
+
+WAYS: Mapping[str, Callable[[Problem], Tensor]] = {
+    "triton": tiled_weight_grad,
+    "slabs": masked_weight_grad_reference,
+    "dense": gathered_weight_grad,
+}
+"""By our kernel; as the library's dense products of slabs of channels; the whole weight's, and then gathered."""
+
+
+def choose_way(problem: Problem) -> Choice:
+    """The fastest way for problems like this one, measured on the first of them and remembered for the mask.
+
+    While a CUDA graph is captured, or deterministic algorithms are asked for, nothing is measured.
+    """
+    operands = (problem.grad_output, problem.input)
+    key = ("way", problem.mask.grid, problem.geometry[0][0], *((x.shape, x.dtype, x.device) for x in operands))
+    reason = why_not_measured()
+    if reason is not None and not known(problem.mask.active, key):
+        return usual_way(problem, reason)
+    return once(problem.mask.active, key, lambda: measure_ways(problem))
+
+
+def measure_ways(problem: Problem) -> Choice:
+    """Time every way that takes this problem."""
+    candidates = {name: functools.partial(WAYS[name], problem) for name in possible_ways(problem)}
+    return fastest(candidates, problem.input.device)
+
+
+def possible_ways(problem: Problem) -> list[str]:
+    """Names of the ways that take this problem on its device."""
+    kernel = problem.input.device.type == "cuda" and triton_kernels.why_not() is None and why_not(problem) is None
+    return [name for name in WAYS if name != "triton" or kernel]
+
+
+def usual_way(problem: Problem, why: str) -> Choice:
+    """Where nothing is measured: our kernel for tiles, which no library has; a library for rows, which are dense."""
+    ours = "triton" in possible_ways(problem) and not problem.mask.grid.is_rows
+    return Choice("triton" if ours else "slabs", why)
+
+
+def backend_for(op: Op, problem: Problem, backend: str | None) -> str:
+    """The backend that runs; a problem that our kernel does not take is the library's, unless the kernel was named.
+
+    Raises:
+        ValueError: The kernel was asked for and does not take the problem.
+        RuntimeError: The backend that was asked for cannot run here.
+    """
+    name = op.choose(problem.input.device, backend)
+    reason = why_not(problem) if name == "triton" else None
+    if reason is None:
+        return name
+    if backend is not None or op.requested() is not None:
+        raise ValueError(f"{op.name}: backend 'triton' {reason}; leave the backend open, or take 'reference'")
+    return "reference"

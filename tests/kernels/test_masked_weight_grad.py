@@ -1,0 +1,207 @@
+"""The Triton weight gradient, interpreted in float32 where there is no GPU: against the dense gradient in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from budget import assert_within_budget
+
+from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.ops import (
+    accumulate_weight_grad_,
+    masked_weight_grad,
+    score_weight_grad_,
+    tiled_weight_grad,
+    triton_kernels,
+    use_backend,
+)
+from pecker_fast.ops.problem import problem
+
+pytestmark = pytest.mark.skipif(triton_kernels.why_not() is not None, reason=str(triton_kernels.why_not()))
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BLOCKS = ["row", (16, 16), (64, 64), (24, 40), (5, 7), (128, 128)]
+CASES = {
+    "3x3": ((72, 24, 3, 3), {"padding": (1, 1)}),
+    "3x3 stride 2": ((33, 17, 3, 3), {"padding": (1, 1), "stride": (2, 2)}),
+    "3x3 no padding": ((20, 16, 3, 3), {}),
+    "1x1": ((80, 66, 1, 1), {}),
+    "1x1 stride 2": ((20, 70, 1, 1), {"stride": (2, 2)}),
+    "1x1 padded": ((20, 18, 1, 1), {"padding": (1, 1)}),
+    "linear": ((100, 70), {}),
+}
+
+
+def random_mask(shape, block, density):
+    grid = BlockGrid.of(shape, block)
+    count = max(round(density * grid.num_blocks), int(density > 0))
+    return ParameterMask(grid, torch.randperm(grid.num_blocks)[:count].sort().values)
+
+
+def operands(shape, settings, dtype=torch.float32):
+    if len(shape) == 2:
+        sizes = (3, 7, shape[1]), (3, 7, shape[0])
+    else:
+        stride, padding = settings.get("stride", (1, 1)), settings.get("padding", (0, 0))
+        out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((5, 4), padding, shape[2:], stride, strict=True)]
+        sizes = (2, shape[1], 5, 4), (2, shape[0], *out)
+    x, grad_output = (torch.randn(size, device=DEVICE).to(dtype) for size in sizes)
+    return grad_output, x
+
+
+def split_in(monkeypatch, splits):
+    monkeypatch.setattr(tiled_weight_grad, "choose_splits", lambda **_: splits)
+    if DEVICE == "cpu":  # fewer programs, which cost most where they are interpreted
+        monkeypatch.setattr(triton_kernels.load("masked_weight_grad"), "REDUCED_ROWS", 32)
+
+
+def truth_and_plain(grad_output, x, mask, **settings):
+    truth = masked_weight_grad(grad_output.double(), x.double(), mask, backend="reference", **settings)
+    return truth, masked_weight_grad(grad_output, x, mask, backend="reference", **settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize(
+    "density, splits, channels_last", [(0.0, 1, True), (0.1, 3, False), (0.5, 1, True), (1.0, 2, True)]
+)
+def test_gradient(monkeypatch, case, block, density, splits, channels_last):
+    split_in(monkeypatch, splits)
+    shape, settings = CASES[case]
+    mask, (grad_output, x) = random_mask(shape, block, density), operands(shape, settings)
+    settings = settings | {"channels_last": channels_last}
+    got = masked_weight_grad(grad_output, x, mask, backend="triton", **settings)
+    truth, plain = truth_and_plain(grad_output, x, mask, **settings)
+    assert got.shape == mask.compact_shape and got.dtype == torch.float32
+    layout = torch.channels_last if channels_last and got.dim() == 4 else torch.contiguous_format
+    assert got.is_contiguous(memory_format=layout)
+    assert_within_budget(got, truth, plain)
+
+
+@pytest.mark.parametrize("case", ["3x3", "linear"])
+@pytest.mark.parametrize("block", ["row", (24, 40), (128, 128)], ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_accumulated_gradient(monkeypatch, case, block, splits):
+    split_in(monkeypatch, splits)
+    shape, settings = CASES[case]
+    mask, (grad_output, x) = random_mask(shape, block, 0.5), operands(shape, settings)
+    settings = settings | {"channels_last": True}
+    truth, plain = truth_and_plain(grad_output, x, mask, **settings)
+    start = torch.randn_like(plain)
+    total = start.clone()
+    assert accumulate_weight_grad_(total, grad_output, x, mask, backend="triton", **settings) is total
+    assert_within_budget(total, start + truth, start + plain)
+
+
+@pytest.mark.parametrize("kind", ["abs", "square"])
+@pytest.mark.parametrize("case", ["3x3", "linear"])
+@pytest.mark.parametrize("block", ["row", (24, 40), (128, 128)], ids=str)
+@pytest.mark.parametrize("density, splits", [(0.4, 1), (1.0, 3)])
+def test_scores_of_blocks(monkeypatch, kind, case, block, density, splits):
+    split_in(monkeypatch, splits)
+    shape, settings = CASES[case]
+    mask, (grad_output, x) = random_mask(shape, block, density), operands(shape, settings)
+    start = torch.rand(mask.grid.num_blocks, device=DEVICE)
+    dense = ParameterMask.full(mask.grid)
+    truth = masked_weight_grad(grad_output.double(), x.double(), dense, backend="reference", **settings)
+    truth = mask.grid.block_sums(truth.abs() if kind == "abs" else truth.square())
+    truth = start + torch.where(mask.flags().to(DEVICE), truth, 0.0)
+    sums, plain = start.clone(), start.clone()
+    score_weight_grad_(sums, grad_output, x, mask, kind, backend="triton", **settings)
+    score_weight_grad_(plain, grad_output, x, mask, kind, backend="reference", **settings)
+    assert_within_budget(sums, truth, plain)
+    inactive = ~mask.flags().to(DEVICE)
+    assert torch.equal(sums[inactive], start[inactive])  # blocks that are not scored are not touched
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_every_weight_is_written_and_nothing_else(monkeypatch, splits):
+    """Into a buffer full of NaN, with a margin on both sides that must stay as it is."""
+    split_in(monkeypatch, splits)
+    mask = random_mask((40, 24, 3, 3), (16, 16), 0.5)
+    grad_output, x = operands((40, 24, 3, 3), {"padding": (1, 1)})
+    buffer = torch.full((mask.numel + 128,), torch.nan, device=DEVICE)
+    given = problem(grad_output, x, mask, (1, 1), (1, 1), (1, 1), 1, False)
+    tiled_weight_grad._compute(given, False, buffer[64:-64], "store")
+    assert buffer[:64].isnan().all() and buffer[-64:].isnan().all() and buffer[64:-64].isfinite().all()
+
+
+def test_the_same_input_gives_the_same_bits(monkeypatch):
+    split_in(monkeypatch, 3)
+    mask, (grad_output, x) = random_mask((40, 24, 3, 3), (16, 16), 0.5), operands((40, 24, 3, 3), {"padding": (1, 1)})
+    runs = [masked_weight_grad(grad_output, x, mask, padding=(1, 1), backend="triton") for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+def test_views_and_other_memory_orders():
+    shape = (40, 24, 3, 3)
+    mask = random_mask(shape, (16, 16), 0.5)
+    grad_output, x = operands(shape, {"padding": (1, 1)})
+    expected = masked_weight_grad(grad_output, x, mask, padding=(1, 1), backend="triton")
+    last = [tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad_output, x)]
+    assert torch.equal(masked_weight_grad(*last, mask, padding=(1, 1), backend="triton"), expected)
+    shifted = torch.empty(x.numel() + 1, device=DEVICE)[1:].view(2, 5, 4, 24)  # aligned to 4 bytes only
+    shifted.copy_(x.permute(0, 2, 3, 1))
+    got = masked_weight_grad(grad_output, shifted.permute(0, 3, 1, 2), mask, padding=(1, 1), backend="triton")
+    assert torch.equal(got, expected)
+
+
+REFUSED = {
+    "float64": (torch.float64, (20, 16, 3, 3), (16, 16), {}, "bfloat16, float16 or float32"),
+    "a kernel of 5x5": (torch.float32, (20, 16, 5, 5), (16, 16), {}, "kernels 1x1 and 3x3"),
+    "dilation": (torch.float32, (20, 16, 3, 3), (16, 16), {"dilation": (2, 2)}, "no dilation"),
+    "stride of 3": (torch.float32, (20, 16, 3, 3), (16, 16), {"stride": (3, 3)}, "stride 1 or 2"),
+    "other padding": (torch.float32, (20, 16, 3, 3), (16, 16), {"padding": (1, 0)}, "padding alike"),
+    "single weights": (torch.float32, (20, 16, 3, 3), "element", {}, "rows and tiles"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_kernel_does_not_take_is_refused_if_it_is_asked_for_and_the_librarys_if_not(what):
+    dtype, shape, block, settings, message = REFUSED[what]
+    mask = random_mask(shape, block, 0.5)
+    x = torch.randn(2, shape[1], 9, 9, dtype=dtype, device=DEVICE)
+    conv = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)} | settings
+    weight = torch.zeros(shape, dtype=dtype, device=DEVICE)
+    grad_output = torch.randn_like(torch.nn.functional.conv2d(x, weight, None, **conv))
+    with pytest.raises(ValueError, match=f"masked_weight_grad: backend 'triton' takes .*{message}"):
+        masked_weight_grad(grad_output, x, mask, backend="triton", **conv)
+    with use_backend("triton"), pytest.raises(ValueError, match=message):
+        masked_weight_grad(grad_output, x, mask, **conv)
+    assert masked_weight_grad(grad_output, x, mask, **conv).shape == mask.compact_shape
+
+
+def test_tf32_that_torch_may_not_use_is_not_used(monkeypatch):
+    grad_output, x = operands((20, 16, 3, 3), {})
+    given = problem(grad_output, x, random_mask((20, 16, 3, 3), "row", 0.5), (1, 1), (0, 0), (1, 1), 1, False)
+    assert tiled_weight_grad.why_not(given) is None
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert "allow_tf32 forbids" in tiled_weight_grad.why_not(given)
+
+
+def test_totals_that_do_not_fit_are_refused_and_left_alone():
+    mask, (grad_output, x) = random_mask((20, 16), "row", 0.5), operands((20, 16), {})
+    good = torch.zeros(mask.compact_shape, device=DEVICE)
+    for total in (good.double(), good[:-1], good.t().contiguous().t()):
+        before = total.clone()
+        with pytest.raises(ValueError, match="accumulate_weight_grad_: expected total"):
+            accumulate_weight_grad_(total, grad_output, x, mask)
+        assert torch.equal(total, before)
+    sums = torch.zeros(20, device=DEVICE)
+    for bad, kind in ((sums[1:], "abs"), (sums.half(), "abs"), (sums, "signed_sum")):
+        with pytest.raises(ValueError, match="score_weight_grad_"):
+            score_weight_grad_(bad, grad_output, x, mask, kind)
+        assert not bad.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_opcheck(backend):
+    shape = (20, 18)
+    mask, (grad_output, x) = random_mask(shape, (16, 16), 0.5), operands(shape, {})
+    given = problem(grad_output, x, mask, (1, 1), (0, 0), (1, 1), 1, False)
+    ops = torch.ops.pecker_fast
+    torch.library.opcheck(ops.masked_weight_grad, (*given.arguments(), backend))
+    total = torch.zeros(mask.compact_shape, device=DEVICE)
+    torch.library.opcheck(ops.accumulate_weight_grad_, (total, *given.arguments(), backend))
+    sums = torch.zeros(mask.grid.num_blocks, device=DEVICE)
+    torch.library.opcheck(ops.score_weight_grad_, (sums, *given.arguments(), "abs", backend))
