@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from pecker_fast import distributed, step_hooks
 from pecker_fast.flat_store import FlatStore
+from pecker_fast.layers import MaskedConv2d, MaskedLinear
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE, Survey
+from pecker_fast.ops.weight_grad_ways import chosen_ways
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -223,10 +226,35 @@ class ActiveParameters(FlatStore):
         self._install(mask, layers)
         self.bump_versions()
 
+    def weight_gradients(self) -> dict[str, str]:
+        """How the gradient of each masked weight of a linear layer or convolution is computed.
+
+        Returns:
+            Name -> "dense" (the whole gradient, of which the active blocks are taken), "masked" (on a CPU: products of
+            the active blocks' channels), or on a GPU what was fastest: "triton", "slabs" or "dense", for each size of
+            input that it has had; "not yet chosen" before the first backward pass.
+        """
+        found = {}
+        for entry in self._entries:
+            layer = self._module(entry)
+            if not isinstance(layer, (MaskedLinear, MaskedConv2d)) or entry.own != "weight" or entry.adopted:
+                continue
+            if layer.wants_dense_gradient(entry.own):
+                found[entry.name] = "dense"
+            elif self.values.device.type != "cuda":
+                found[entry.name] = "masked"
+            else:
+                ways = dict.fromkeys(choice.used for choice in chosen_ways(entry.mask))
+                found[entry.name] = ", ".join(ways) or "not yet chosen"
+        return found
+
     def summary(self) -> str:
         """What trains and what does not, one line each."""
         trained = {entry.name for entry in self._entries}
-        lines = [repr(self), self.mask.summary()]
+        ways = Counter(self.weight_gradients().values())
+        gradients = ", ".join(f"{way} {count}" for way, count in ways.most_common())
+        lines = [repr(self), f"weight gradients: {gradients or 'none of linear layers or convolutions'}"]
+        lines.append(self.mask.summary())
         for name, reason in self.found.refused.items():
             lines.append(f"  {name:<40} {'trains dense' if name in trained else 'frozen'}: {reason}")
         return "\n".join(lines)

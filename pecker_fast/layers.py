@@ -56,7 +56,8 @@ class MaskedLayer(nn.Module):
         """Whether the whole gradient of a weight is computed: most of it is active, or all its blocks are scored."""
         if name in self.scored:
             return True
-        return self.master(name) is not None and not _masked_gradient_pays(self.masks[name])
+        master = self.master(name)
+        return master is not None and not _masked_gradient_pays(self.masks[name], master.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLayer:
         """Masters follow the device, never the dtype: ``.half()`` narrows the dense weights only."""
@@ -245,7 +246,8 @@ MASKED_CLASSES: Mapping[type[nn.Module], type[MaskedLayer]] = {
 ROWS_DENSE_ABOVE, CONV_TILES_DENSE_ABOVE, LINEAR_TILES_DENSE_ABOVE = 0.8, 0.5, 0.4
 """Densities of a weight above which one dense gradient, gathered, costs less than one for its active blocks.
 
-Measured on a CPU: benchmarks/bench_masked_weight_grad.py and bench_masked_layer.py.
+Measured on a CPU: benchmarks/bench_masked_weight_grad.py and bench_masked_layer.py. On a GPU the op itself chooses, by
+what it measures for each mask (``ops/weight_grad_ways.py``).
 """
 
 
@@ -275,7 +277,9 @@ def is_channels_last(dense: Tensor) -> bool:
     return dense.dim() == 4 and not dense.is_contiguous() and dense.is_contiguous(memory_format=torch.channels_last)
 
 
-def _masked_gradient_pays(mask: ParameterMask) -> bool:
+def _masked_gradient_pays(mask: ParameterMask, device: torch.device) -> bool:
+    if device.type == "cuda":
+        return not mask.is_full
     if mask.grid.is_rows:
         return mask.density <= ROWS_DENSE_ABOVE
     return mask.density <= (LINEAR_TILES_DENSE_ABOVE if len(mask.grid.shape) == 2 else CONV_TILES_DENSE_ABOVE)

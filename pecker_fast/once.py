@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -13,7 +13,7 @@ T = TypeVar("T")
 _values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def once(active: Tensor, key: Hashable, make: Callable[[], T]) -> T:
+def once(active: Tensor, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
     """What ``make`` gave the first time it was asked for ``key`` of these blocks.
 
     Args:
@@ -28,6 +28,11 @@ def once(active: Tensor, key: Hashable, make: Callable[[], T]) -> T:
     return value
 
 
-def known(active: Tensor, key: Hashable) -> bool:
+def known(active: Tensor, key: tuple[Hashable, ...]) -> bool:
     """Whether ``once`` has a value for ``key`` of these blocks."""
     return key in _values.get(active, {})
+
+
+def remembered(active: Tensor) -> list[tuple[tuple[Hashable, ...], Any]]:
+    """All keys and values of these blocks."""
+    return list(_values.get(active, {}).items())

@@ -212,9 +212,13 @@ def _evaluate(commands: Any) -> None:
 
 
 def _doctor(commands: Any) -> None:
-    new_command(
+    parser = new_command(
         commands,
         "doctor",
         "versions, and which backend is used for what, and why",
-        "pecker-fast doctor --json",
+        "pecker-fast doctor --measure",
     )
+    parser.add_argument(
+        "--measure", action="store_true", help="time the ways to compute masked weight gradients on this machine"
+    )
+    device_flag(parser)

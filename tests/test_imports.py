@@ -13,7 +13,7 @@ LAYERS = [
     ["checkpoint", "blocks", "data"],
     ["config", "distributed", "scatter", "schedule"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores"],
-    ["selection", "saliency", "functional", "objectives", "flops", "models", "draws"],
+    ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
     ["mask", "layers", "score_model", "pretrain", "report_page"],
     ["layout"],
     ["flat_store"],

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ import torch
 import pecker_fast
 from pecker_fast import native
 from pecker_fast.commands import Outcome
+from pecker_fast.commands.source import torch_device
+from pecker_fast.crossovers import Measured, measure_crossovers
 
 _PACKAGES = ("torch", "numpy", "safetensors", "triton", "diffusers", "matplotlib", "scikit-learn")
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Look around; nothing is changed, and optional packages are not imported."""
-    del options
     versions = {"pecker_fast": pecker_fast.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _PACKAGES}
     build: Any = native.load().build_info() if native.available() else native.why_not()
@@ -39,7 +41,21 @@ def run(options: argparse.Namespace) -> Outcome:
     values = {"versions": versions, "machine": machine, "native": build, "backends": choices}
     sections = {"versions": versions, "machine": machine, "native": build}
     text = "\n\n".join([*(_section(name, entries) for name, entries in sections.items()), f"backends\n{table!r}"])
-    return Outcome(values, text)
+    if not options.measure:
+        return Outcome(values, text)
+    measured = measure_crossovers(torch_device(options.device), progress=not options.quiet)
+    rows = [{"layer": m.layer, "block": m.block, "density": m.density, **asdict(m.choice)} for m in measured]
+    return Outcome(values | {"weight_gradients": rows}, f"{text}\n\n{_crossovers(measured)}")
+
+
+def _crossovers(measured: list[Measured]) -> str:
+    """One line a layer and density: what is fastest, and the time of every way."""
+    lines = ["weight gradients of random blocks, milliseconds of each way"]
+    for m in measured:
+        block = m.block if isinstance(m.block, str) else "x".join(map(str, m.block))
+        times = ", ".join(f"{name} {ms:.3g}" for name, ms in m.choice.ms.items())
+        lines.append(f"  {m.layer:<46}{block:<8}{m.density:<7g}{m.choice.used:<8}{times}")
+    return "\n".join(lines)
 
 
 def _version(package: str) -> str:

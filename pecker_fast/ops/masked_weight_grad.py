@@ -15,7 +15,7 @@ from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.ops import tiled_weight_grad, triton_kernels
 from pecker_fast.ops.dispatch import Backend, Op, library
 from pecker_fast.ops.problem import SCHEMA, Problem, compact_layout, grad_dtype, problem
-from pecker_fast.ops.slabs import masked_weight_grad_reference, shifted_rows_cpu, slabs_pay
+from pecker_fast.ops.slabs import masked_weight_grad_cpu, masked_weight_grad_reference, slabs_pay
 from pecker_fast.ops.weight_grad_ways import WAYS, backend_for, choose_way
 
 
@@ -59,16 +59,11 @@ def masked_weight_grad(
     return grad
 
 
-def _cpu(problem: Problem) -> Tensor:
-    """The products are torch's; what they multiply is laid out by the native module."""
-    return masked_weight_grad_reference(problem, shifted_rows=shifted_rows_cpu)
-
-
 _OP = Op(
     "masked_weight_grad",
     {
         "reference": Backend(masked_weight_grad_reference),
-        "cpu": Backend(_cpu, devices=("cpu",), why_not=native.why_not),
+        "cpu": Backend(masked_weight_grad_cpu, devices=("cpu",), why_not=native.why_not),
         "triton": Backend(
             tiled_weight_grad.tiled_weight_grad, devices=triton_kernels.DEVICES, why_not=triton_kernels.why_not
         ),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.once import once
 from pecker_fast.ops.problem import Geometry, Problem, grad_dtype
 
 ShiftedRows: TypeAlias = Callable[[Tensor, Tensor, tuple[int, int], tuple[int, int]], Tensor]
@@ -44,6 +45,11 @@ def masked_weight_grad_reference(problem: Problem, shifted_rows: ShiftedRows | N
     return _widen(grad).contiguous(memory_format=problem.grad_layout)
 
 
+def masked_weight_grad_cpu(problem: Problem) -> Tensor:
+    """The same on a CPU: the products are torch's, what they multiply is laid out by the native module."""
+    return masked_weight_grad_reference(problem, shifted_rows=shifted_rows_cpu)
+
+
 def gathered_weight_grad(problem: Problem) -> Tensor:
     """The whole weight's gradient, and of that the active blocks."""
     dense = _dense_weight_grad(*_operands(problem), problem.mask.grid.shape, problem.geometry)
@@ -72,7 +78,7 @@ def _linear_tile_grads(grad_output: Tensor, input: Tensor, mask: ParameterMask) 
     """One product for each run of neighbouring blocks in a row of blocks, of views: nothing is gathered."""
     (out, in_, _), (block_out, block_in) = mask.grid.view, mask.grid.block
     pieces: list[Tensor] = []
-    for row, first, count in _runs_of_blocks(mask):
+    for row, first, count in once(mask.active, ("runs of blocks", mask.grid), lambda: _runs_of_blocks(mask)):
         grad_rows = grad_output.narrow(1, row * block_out, min(block_out, out - row * block_out))
         start, stop = first * block_in, min((first + count) * block_in, in_)
         run = grad_rows.t() @ input.narrow(1, start, stop - start)
@@ -101,22 +107,34 @@ def _tile_grads(
     channels_last: bool,
 ) -> Tensor:
     """One slab for each row of blocks of a convolution: its out channels against its active blocks' in channels."""
-    grid = mask.grid
-    (out, in_, _), (block_out, block_in), columns = grid.view, grid.block, grid.size[1]
+    grid, block_out = mask.grid, mask.grid.block[0]
     pieces: list[Tensor] = []
-    for row in torch.unique(mask.active // columns).tolist():
-        cols = (mask.active[mask.active // columns == row] % columns).tolist()
-        spans = [(col * block_in, min((col + 1) * block_in, in_)) for col in cols]
-        channels = torch.cat([torch.arange(start, stop) for start, stop in spans]).to(input.device)
-        grad_rows = grad_output.narrow(1, row * block_out, min(block_out, out - row * block_out))
+    for row, widths, channels in _rows_of_blocks(mask, input.device):
+        grad_rows = grad_output.narrow(1, row * block_out, min(block_out, grid.view[0] - row * block_out))
         shape = (grad_rows.shape[1], len(channels), *grid.shape[2:])
         slab = _dense_weight_grad(_same_layout(grad_rows, grad_output), _channels(input, channels), shape, geometry)
-        for block in slab.split([stop - start for start, stop in spans], dim=1):
+        for block in slab.split(widths, dim=1):
             block = block.flatten(2) if block.dim() > 2 else block.unsqueeze(2)
             pieces.append((block.transpose(1, 2) if channels_last else block).reshape(-1))
     if not pieces:
         return grad_output.new_empty(mask.compact_shape)
     return torch.cat(pieces).view(mask.compact_shape)
+
+
+def _rows_of_blocks(mask: ParameterMask, device: torch.device) -> list[tuple[int, list[int], Tensor]]:
+    """Rows of blocks with active ones: (row, width of each of its active blocks, their in channels on ``device``)."""
+    return once(mask.active, ("rows of blocks", mask.grid, device), lambda: _find_rows_of_blocks(mask, device))
+
+
+def _find_rows_of_blocks(mask: ParameterMask, device: torch.device) -> list[tuple[int, list[int], Tensor]]:
+    (_, in_, _), (_, block_in), columns = mask.grid.view, mask.grid.block, mask.grid.size[1]
+    found = []
+    for row in torch.unique(mask.active // columns).tolist():
+        cols = (mask.active[mask.active // columns == row] % columns).tolist()
+        spans = [(col * block_in, min((col + 1) * block_in, in_)) for col in cols]
+        channels = torch.cat([torch.arange(start, stop) for start, stop in spans]).to(device)
+        found.append((row, [stop - start for start, stop in spans], channels))
+    return found
 
 
 def _dense_weight_grad(grad_output: Tensor, input: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:

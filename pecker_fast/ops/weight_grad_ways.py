@@ -7,17 +7,25 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from pecker_fast.once import known, once
+from pecker_fast import native
+from pecker_fast.blocks import ParameterMask
+from pecker_fast.once import known, once, remembered
 from pecker_fast.ops import triton_kernels
 from pecker_fast.ops.dispatch import Op
 from pecker_fast.ops.fastest import Choice, fastest, why_not_measured
 from pecker_fast.ops.problem import Problem
-from pecker_fast.ops.slabs import gathered_weight_grad, masked_weight_grad_reference
+from pecker_fast.ops.slabs import gathered_weight_grad, masked_weight_grad_cpu, masked_weight_grad_reference
 from pecker_fast.ops.tiled_weight_grad import tiled_weight_grad, why_not
+
+
+def _slabs(problem: Problem) -> Tensor:
+    on_cpu = problem.input.device.type == "cpu" and native.available()
+    return (masked_weight_grad_cpu if on_cpu else masked_weight_grad_reference)(problem)
+
 
 WAYS: Mapping[str, Callable[[Problem], Tensor]] = {
     "triton": tiled_weight_grad,
-    "slabs": masked_weight_grad_reference,
+    "slabs": _slabs,
     "dense": gathered_weight_grad,
 }
 """By our kernel; as the library's dense products of slabs of channels; the whole weight's, and then gathered."""
@@ -40,6 +48,11 @@ def measure_ways(problem: Problem) -> Choice:
     """Time every way that takes this problem."""
     candidates = {name: functools.partial(WAYS[name], problem) for name in possible_ways(problem)}
     return fastest(candidates, problem.input.device)
+
+
+def chosen_ways(mask: ParameterMask) -> list[Choice]:
+    """What was chosen for the problems that a mask has had so far."""
+    return [choice for key, choice in remembered(mask.active) if key[0] == "way"]
 
 
 def possible_ways(problem: Problem) -> list[str]:

@@ -91,10 +91,10 @@ def test_once_is_once_for_the_same_blocks_and_forgotten_with_them():
     import weakref
 
     active, calls = torch.arange(3), []
-    made = once(active, "what", lambda: calls.append(1) or {"value"})
-    assert once(active, "what", lambda: calls.append(2)) is made and calls == [1]
-    assert known(active, "what") and not known(active, "other") and not known(torch.arange(3), "what")
-    gone = weakref.ref(once(active, "kept", lambda: torch.ones(2)))
+    made = once(active, ("what",), lambda: calls.append(1) or {"value"})
+    assert once(active, ("what",), lambda: calls.append(2)) is made and calls == [1]
+    assert known(active, ("what",)) and not known(active, ("other",)) and not known(torch.arange(3), ("what",))
+    gone = weakref.ref(once(active, ("kept",), lambda: torch.ones(2)))
     del active
     gc.collect()
     assert gone() is None
