@@ -45,6 +45,9 @@ class Draws:
         self.device = device
         self.dtype = dtype
         self.rng = torch.Generator(device).manual_seed(config.seed)
+        # On the device once, so that no step waits for a copy.
+        self._tables = {labels: torch.tensor(labels, device=device) for labels in (config.retained, config.forget)}
+        self._override = _override_table(config, device)
 
     def batch(self) -> Batch:
         """Retained and forgotten classes in one batch: with the weights of the two means, the published two in one.
@@ -64,13 +67,9 @@ class Draws:
 
     def override(self, labels: Tensor) -> Tensor:
         """What the true score is asked for in place of forgotten ``labels``."""
-        config = self.config
-        if config.override is None:
-            return self._labels(config.retained, len(labels))
-        overrides = config.override if len(config.override) > 1 else config.override * len(config.forget)
-        table = torch.arange(config.num_classes, device=self.device)
-        table[list(config.forget)] = torch.tensor(overrides, device=self.device)
-        return table[labels]
+        if self._override is None:
+            return self._labels(self.config.retained, len(labels))
+        return self._override[labels]
 
     def noise(self, count: int) -> Tensor:
         """Standard normal noise, (count, *sample_shape)."""
@@ -90,4 +89,14 @@ class Draws:
 
     def _labels(self, labels: tuple[int, ...], count: int) -> Tensor:
         index = torch.randint(len(labels), (count,), generator=self.rng, device=self.device)
-        return torch.tensor(labels, device=self.device)[index]
+        return self._tables[labels][index]
+
+
+def _override_table(config: DistillConfig, device: torch.device) -> Tensor | None:
+    """Class -> what is drawn in its place, (num_classes,); None where that is left to chance."""
+    if config.override is None:
+        return None
+    overrides = config.override if len(config.override) > 1 else config.override * len(config.forget)
+    table = torch.arange(config.num_classes)
+    table[list(config.forget)] = torch.tensor(overrides)
+    return table.to(device)

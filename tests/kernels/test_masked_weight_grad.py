@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from budget import assert_within_budget
+from torch import nn
 
+from pecker_fast import BlockMask, apply_mask
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.ops import (
     accumulate_weight_grad_,
@@ -19,7 +21,8 @@ from pecker_fast.ops.problem import problem
 
 pytestmark = pytest.mark.skipif(triton_kernels.why_not() is not None, reason=str(triton_kernels.why_not()))
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+"""Interpreted, products of bfloat16 are wrong."""
 BLOCKS = ["row", (16, 16), (64, 64), (24, 40), (5, 7), (128, 128)]
 CASES = {
     "3x3": ((72, 24, 3, 3), {"padding": (1, 1)}),
@@ -38,7 +41,7 @@ def random_mask(shape, block, density):
     return ParameterMask(grid, torch.randperm(grid.num_blocks)[:count].sort().values)
 
 
-def operands(shape, settings, dtype=torch.float32):
+def operands(shape, settings, dtype=DTYPE):
     if len(shape) == 2:
         sizes = (3, 7, shape[1]), (3, 7, shape[0])
     else:
@@ -140,7 +143,7 @@ def test_views_and_other_memory_orders():
     expected = masked_weight_grad(grad_output, x, mask, padding=(1, 1), backend="triton")
     last = [tensor.contiguous(memory_format=torch.channels_last) for tensor in (grad_output, x)]
     assert torch.equal(masked_weight_grad(*last, mask, padding=(1, 1), backend="triton"), expected)
-    shifted = torch.empty(x.numel() + 1, device=DEVICE)[1:].view(2, 5, 4, 24)  # aligned to 4 bytes only
+    shifted = torch.empty(x.numel() + 1, device=DEVICE, dtype=DTYPE)[1:].view(2, 5, 4, 24)  # not aligned to 16 bytes
     shifted.copy_(x.permute(0, 2, 3, 1))
     got = masked_weight_grad(grad_output, shifted.permute(0, 3, 1, 2), mask, padding=(1, 1), backend="triton")
     assert torch.equal(got, expected)
@@ -172,7 +175,7 @@ def test_what_the_kernel_does_not_take_is_refused_if_it_is_asked_for_and_the_lib
 
 
 def test_tf32_that_torch_may_not_use_is_not_used(monkeypatch):
-    grad_output, x = operands((20, 16, 3, 3), {})
+    grad_output, x = operands((20, 16, 3, 3), {}, torch.float32)
     given = problem(grad_output, x, random_mask((20, 16, 3, 3), "row", 0.5), (1, 1), (0, 0), (1, 1), 1, False)
     assert tiled_weight_grad.why_not(given) is None
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -194,6 +197,22 @@ def test_totals_that_do_not_fit_are_refused_and_left_alone():
         assert not bad.any()
 
 
+def test_a_compiled_model_has_no_graph_break_and_the_same_gradients():
+    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(32 * 16, 20))
+    model = model.to(DEVICE, DTYPE)
+    active = apply_mask(model, BlockMask.random(model, 0.3, (16, 16)))
+    x = torch.randn(2, 16, 4, 4, device=DEVICE, dtype=DTYPE)
+    grads = []
+    for net in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        with use_backend("triton"):
+            active.zero_grad()
+            net(x).float().square().mean().backward()
+        active.bind_()
+        grads.append(active.grads.clone())
+    assert bool(grads[0].any())
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_opcheck(backend):
     shape = (20, 18)
@@ -205,3 +224,32 @@ def test_opcheck(backend):
     torch.library.opcheck(ops.accumulate_weight_grad_, (total, *given.arguments(), backend))
     sums = torch.zeros(mask.grid.num_blocks, device=DEVICE)
     torch.library.opcheck(ops.score_weight_grad_, (sums, *given.arguments(), "abs", backend))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 1e-3), (torch.float32, 2e-3)])
+@pytest.mark.parametrize("shape", [(256, 192, 3, 3), (320, 128, 1, 1), (640, 320)])
+@pytest.mark.parametrize("block", ["row", (64, 64), (128, 128), (32, 16)], ids=str)
+def test_large_problems_on_a_gpu(dtype, tolerance, shape, block):
+    """Relative to the norm of each block's gradient: what a wrong tile would not survive. TF32 is what sets 2e-3."""
+    mask = random_mask(shape, block, 0.3)
+    size = (4096,) if len(shape) == 2 else (8,)
+    image = () if len(shape) == 2 else (32, 32)
+    x, grad_output = (torch.randn(*size, c, *image, device="cuda").to(dtype) for c in (shape[1], shape[0]))
+    padding = (1, 1) if shape[2:] == (3, 3) else (0, 0)
+    got = masked_weight_grad(grad_output, x, mask, padding=padding, backend="triton")
+    truth = masked_weight_grad(grad_output.double(), x.double(), mask, padding=padding, backend="reference")
+    error = (got - truth).norm() / truth.norm()
+    assert error < tolerance
+    again = masked_weight_grad(grad_output, x, mask, padding=padding, backend="triton")
+    assert torch.equal(got, again)
+
+
+@pytest.mark.gpu
+def test_float32_without_tf32_is_as_good_as_float32():
+    mask = random_mask((640, 320), (64, 64), 0.3)
+    x, grad_output = torch.randn(4096, 320, device="cuda"), torch.randn(4096, 640, device="cuda")
+    assert torch.get_float32_matmul_precision() == "highest"
+    got = masked_weight_grad(grad_output, x, mask, backend="triton")
+    truth = masked_weight_grad(grad_output.double(), x.double(), mask, backend="reference")
+    assert (got - truth).norm() / truth.norm() < 2e-6
