@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 from torch import Tensor
 
@@ -31,17 +31,27 @@ WAYS: Mapping[str, Callable[[Problem], Tensor]] = {
 """By our kernel; as the library's dense products of slabs of channels; the whole weight's, and then gathered."""
 
 
+_measured: dict[tuple[Hashable, ...], Choice] = {}
+
+
 def choose_way(problem: Problem) -> Choice:
     """The fastest way for problems like this one, measured on the first of them and remembered for the mask.
 
-    While a CUDA graph is captured, or deterministic algorithms are asked for, nothing is measured.
+    Another mask with as many blocks of as large a weight takes the same, so that a mask that changes costs no new
+    measurement. While a CUDA graph is captured, or deterministic algorithms are asked for, nothing is measured.
     """
     operands = (problem.grad_output, problem.input)
     key = ("way", problem.mask.grid, problem.geometry[0][0], *((x.shape, x.dtype, x.device) for x in operands))
     reason = why_not_measured()
     if reason is not None and not known(problem.mask.active, key):
         return usual_way(problem, reason)
-    return once(problem.mask.active, key, lambda: measure_ways(problem))
+    return once(problem.mask.active, key, lambda: _measured_once(problem, (*key, len(problem.mask.active))))
+
+
+def _measured_once(problem: Problem, key: tuple[Hashable, ...]) -> Choice:
+    if key not in _measured:
+        _measured[key] = measure_ways(problem)
+    return _measured[key]
 
 
 def measure_ways(problem: Problem) -> Choice:

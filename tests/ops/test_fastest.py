@@ -47,6 +47,7 @@ def small_problem():
 
 def test_a_choice_is_made_once_for_a_mask_and_a_size(monkeypatch):
     given, calls = small_problem(), []
+    monkeypatch.setattr(weight_grad_ways, "_measured", {})
     measure = weight_grad_ways.measure_ways
     monkeypatch.setattr(weight_grad_ways, "measure_ways", lambda p: calls.append(p) or measure(p))
     assert weight_grad_ways.chosen_ways(given.mask) == []
@@ -56,6 +57,8 @@ def test_a_choice_is_made_once_for_a_mask_and_a_size(monkeypatch):
     larger = problem(torch.randn(9, 32), torch.randn(9, 32), given.mask, (1, 1), (0, 0), (1, 1), 1, False)
     weight_grad_ways.choose_way(larger)
     assert len(calls) == 2 and len(weight_grad_ways.chosen_ways(given.mask)) == 2
+    other = small_problem()  # another mask of as many blocks: nothing to measure
+    assert weight_grad_ways.choose_way(other) is first and len(calls) == 2
 
 
 def test_all_ways_give_the_same():
