@@ -21,6 +21,8 @@ class Build:
         tensor_cores: Whether the products must be on tensor cores: ``wgmma`` from sm_90 on, ``mma.sync`` on sm_80.
         async_copies: Whether loads must be 16-byte ``cp.async``.
         wide_accesses: Whether global loads and stores must be of 16 bytes a thread.
+        options: Further options of the compiler.
+        options_sm_90: Those for sm_90 and newer alone.
     """
 
     name: str
@@ -36,3 +38,4 @@ class Build:
     async_copies: bool = False
     wide_accesses: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    options_sm_90: dict[str, Any] = field(default_factory=dict)

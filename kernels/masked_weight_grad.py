@@ -9,6 +9,7 @@ adds up what they found, always in the same order: the same input gives the same
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -170,11 +171,12 @@ def reduce_kernel(
 
 
 class Config(NamedTuple):
-    """How a tile is computed: positions at a time, warps, depth of the pipeline."""
+    """How a tile is computed: positions at a time, warps, depth of the pipeline, most registers a thread on sm_90."""
 
     block_k: int
     num_warps: int
     num_stages: int
+    registers_sm_90: int | None = None
 
 
 CONFIGS: dict[tuple[int, int, int, int], Config] = {
@@ -182,7 +184,7 @@ CONFIGS: dict[tuple[int, int, int, int], Config] = {
     (3, 2, 64, 16): Config(64, 4, 2),
     (3, 2, 64, 32): Config(64, 4, 3),
     (3, 2, 64, 64): Config(32, 8, 4),
-    (3, 2, 128, 64): Config(32, 8, 4),
+    (3, 2, 128, 64): Config(32, 8, 4, 128),  # so that two programs fit a multiprocessor
     (3, 4, 64, 16): Config(32, 4, 3),
     (3, 4, 64, 32): Config(32, 4, 3),
     (3, 4, 64, 64): Config(32, 8, 3),
@@ -255,17 +257,25 @@ def launch(
     first = out
     if splits > 1:
         first = torch.empty(splits * tiles * taps * block_m * block_n, dtype=torch.float32, device=out.device)
+    capped = config.registers_sm_90 is not None and is_sm_90(grad_output.device)
     with torch.cuda.device_of(grad_output):
         weight_grad_kernel[(tiles * shape.kernel, splits)](
             grad_output, input, table, first, tiles, positions, split_positions, out_channels, input.shape[1],
             shape.height, shape.width, shape.out_height, shape.out_width, shape.kernel, shape.stride, shape.padding,
             channels_last, group, alignment, PARTIAL.value if splits > 1 else epilogue, precision,
             block_m, block_n, config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
+            **({"maxnreg": config.registers_sm_90} if capped else {}),
         )  # fmt: skip
         if splits > 1:
             reduce_kernel[(tiles * taps, block_m // REDUCED_ROWS)](
                 first, table, out, tiles, splits, taps, channels_last, group, epilogue, block_m, block_n, REDUCED_ROWS
             )  # fmt: skip
+
+
+@functools.cache
+def is_sm_90(device: torch.device) -> bool:
+    """Whether a GPU is of compute capability 9.0 or newer."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 REGISTERS = {(3, 2): 192, (3, 4): 184, (1, 2): 224, (1, 4): 208}
@@ -274,25 +284,26 @@ SHARED_BYTES = 96 << 10
 """Of a program at most, so that two fit a multiprocessor of sm_90."""
 
 
-def _build(
-    key: tuple[int, int, int, int], epilogue: str, precision: str = "tf32", stride: int = 1, element: str = "bf16"
-) -> Build:
+def _build(key: tuple[int, int, int, int], epilogue: str, element: str = "bf16", **changed: object) -> Build:
     (kernel, size, block_m, block_n), config = key, CONFIGS[key]
     element = element if size == 2 else "fp32"
     constants = {
-        "HEIGHT": 32, "WIDTH": 32, "OUT_HEIGHT": 32 // stride, "OUT_WIDTH": 32 // stride,
-        "KERNEL": kernel, "STRIDE": stride, "PADDING": kernel // 2, "CHANNELS_LAST": True,
-        "GROUP": 64, "ALIGNMENT": 16, "EPILOGUE": EPILOGUES.get(epilogue, PARTIAL.value), "PRECISION": precision,
+        "HEIGHT": 32, "WIDTH": 32, "OUT_HEIGHT": 32, "OUT_WIDTH": 32, "KERNEL": kernel, "STRIDE": 1,
+        "PADDING": kernel // 2, "CHANNELS_LAST": True, "GROUP": 64, "ALIGNMENT": 16,
+        "EPILOGUE": EPILOGUES.get(epilogue, PARTIAL.value), "PRECISION": "tf32",
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     sizes = ("positions", "split_positions", "out_channels", "in_channels")
+    what = " ".join(
+        [f"{kernel}x{kernel} {element} {block_m}x{block_n}x{config.block_k} {epilogue}", *map(str, changed.values())]
+    )
     return Build(
-        f"{kernel}x{kernel}/{stride} {element} {block_m}x{block_n}x{config.block_k} {epilogue} {precision}",
+        what,
         weight_grad_kernel,
         dict.fromkeys(("grad_output", "input"), f"*{element}")
         | {"table": "*i32", "out": "*fp32", "tiles": "i32"}
         | dict.fromkeys(sizes, "i32"),
-        constants,
+        constants | changed,
         ("grad_output", "input", "table", "out", *sizes),
         config.num_warps,
         config.num_stages,
@@ -300,6 +311,7 @@ def _build(
         shared_bytes=SHARED_BYTES,
         tensor_cores=True,
         async_copies=size == 2,  # TF32 operands are transposed on their way into shared memory on sm_90
+        options_sm_90={} if config.registers_sm_90 is None else {"maxnreg": config.registers_sm_90},
     )
 
 
@@ -321,11 +333,11 @@ def _reduce_build(taps: int, block_m: int, block_n: int, epilogue: str) -> Build
 
 
 BUILDS = [
-    *(_build(key, "partial") for key in CONFIGS),
-    *(_build(key, epilogue) for key in [(3, 2, 128, 64), (1, 2, 128, 128)] for epilogue in ("store", "abs", "square")),
+    *(_build(key, epilogue) for key in CONFIGS for epilogue in ("store", "partial")),
     *(_build(key, "accumulate") for key in CONFIGS if key[2] <= MAX_ACCUMULATED),
-    _build((3, 2, 64, 64), "store", stride=2, element="fp16"),
-    _build((1, 2, 64, 64), "store", stride=2, element="fp16"),
-    _build((1, 4, 64, 64), "store", precision="tf32x3"),
-    *(_reduce_build(taps, 128, 64, epilogue) for taps in (1, 9) for epilogue in ("store", "abs")),
+    *(_build(key, epilogue) for key in [(3, 2, 128, 64), (1, 2, 128, 128)] for epilogue in ("abs", "square")),
+    *(_build((kernel, 2, 64, 64), "store", "fp16", STRIDE=2, OUT_HEIGHT=16, OUT_WIDTH=16) for kernel in (1, 3)),
+    *(_build((3, 2, 128, 64), "store", **changed) for changed in ({"CHANNELS_LAST": False}, {"ALIGNMENT": 8})),
+    *(_build(key, "store", PRECISION="tf32x3") for key in CONFIGS if key[:2] == (1, 4)),
+    *(_reduce_build(taps, 128, 64, epilogue) for taps in (1, 9) for epilogue in ("store", "accumulate", "abs")),
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -35,6 +36,7 @@ def facts(build, capability: int) -> dict[str, object]:
     attributes = {(arguments.index(name),): [["tt.divisibility", 16]] for name in build.aligned}
     source = ASTSource(build.kernel, signature, constants, attributes)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages, **build.options}
+    options |= build.options_sm_90 if capability >= 90 else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
@@ -56,15 +58,22 @@ def facts(build, capability: int) -> dict[str, object]:
     }
 
 
+def compiled(job: tuple[str, int, int]) -> tuple[str, dict[str, object]]:
+    stem, number, capability = job
+    build = importlib.import_module(f"kernels.{stem}").BUILDS[number]
+    return f"{stem}/{build.name}/sm_{capability}", facts(build, capability)
+
+
 def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    wanted = sys.argv[1:] or stems()
-    found = {}
-    for stem in wanted:
-        for build in importlib.import_module(f"kernels.{stem}").BUILDS:
-            for capability in (80, 90):
-                found[f"{stem}/{build.name}/sm_{capability}"] = facts(build, capability)
-    json.dump(found, sys.stdout, indent=1)
+    jobs = [
+        (stem, number, capability)
+        for stem in sys.argv[1:] or stems()
+        for number in range(len(importlib.import_module(f"kernels.{stem}").BUILDS))
+        for capability in (80, 90)
+    ]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        json.dump(dict(pool.map(compiled, jobs, chunksize=4)), sys.stdout, indent=1)
 
 
 if __name__ == "__main__":
