@@ -10,6 +10,7 @@ adds up what they found, always in the same order: the same input gives the same
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -200,8 +201,8 @@ CONFIGS: dict[tuple[int, int, int, int], Config] = {
 """The tiles there are. Chosen by what compiles well (registers, shared memory, tensor cores), not yet by time."""
 
 
-MAX_BLOCK, MAX_ACCUMULATED = 128, 64
-"""Largest BLOCK_M, and largest BLOCK_M whose product can be added to what is there: that needs registers for both."""
+MAX_BLOCK, MAX_BLOCK_IF_TIGHT = 128, 64
+"""Largest BLOCK_M; and where registers are short: products are added to what is there, or loads cannot be wide."""
 
 
 class Shape(NamedTuple):
@@ -315,6 +316,18 @@ def _build(key: tuple[int, int, int, int], epilogue: str, element: str = "bf16",
     )
 
 
+def _unaligned(build: Build) -> Build:
+    """The same where channels are no multiples of 16, and blocks of nothing."""
+    return replace(
+        build,
+        name=f"{build.name} unaligned",
+        constants=build.constants | {"ALIGNMENT": 1},
+        aligned=("grad_output", "input", "table", "out"),
+        registers=255,
+        async_copies=False,
+    )
+
+
 def _reduce_build(taps: int, block_m: int, block_n: int, epilogue: str) -> Build:
     return Build(
         f"reduce {taps} taps {block_m}x{block_n} {epilogue}",
@@ -334,10 +347,11 @@ def _reduce_build(taps: int, block_m: int, block_n: int, epilogue: str) -> Build
 
 BUILDS = [
     *(_build(key, epilogue) for key in CONFIGS for epilogue in ("store", "partial")),
-    *(_build(key, "accumulate") for key in CONFIGS if key[2] <= MAX_ACCUMULATED),
+    *(_build(key, "accumulate") for key in CONFIGS if key[2] <= MAX_BLOCK_IF_TIGHT),
     *(_build(key, epilogue) for key in [(3, 2, 128, 64), (1, 2, 128, 128)] for epilogue in ("abs", "square")),
     *(_build((kernel, 2, 64, 64), "store", "fp16", STRIDE=2, OUT_HEIGHT=16, OUT_WIDTH=16) for kernel in (1, 3)),
     *(_build((3, 2, 128, 64), "store", **changed) for changed in ({"CHANNELS_LAST": False}, {"ALIGNMENT": 8})),
+    *(_unaligned(_build((kernel, size, 64, 64), "store")) for kernel in (1, 3) for size in (2, 4)),
     *(_build(key, "store", PRECISION="tf32x3") for key in CONFIGS if key[:2] == (1, 4)),
     *(_reduce_build(taps, 128, 64, epilogue) for taps in (1, 9) for epilogue in ("store", "accumulate", "abs")),
 ]

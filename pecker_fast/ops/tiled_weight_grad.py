@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pecker_fast.blocks import ParameterMask
 from pecker_fast.once import once
 from pecker_fast.ops import triton_kernels
 from pecker_fast.ops.problem import Problem
@@ -71,7 +72,8 @@ def _compute(problem: Problem, as_rows: bool, out: Tensor | None, epilogue: Epil
     kernels: Any = triton_kernels.load("masked_weight_grad")
     grad_output, input = _as_matrices(problem, as_rows)
     shape = _shape(problem, kernels.Shape)
-    largest = kernels.MAX_ACCUMULATED if epilogue == "accumulate" else kernels.MAX_BLOCK
+    small = epilogue == "accumulate" or not _is_aligned(grad_output, input, problem.mask, as_rows)
+    largest = kernels.MAX_BLOCK_IF_TIGHT if small else kernels.MAX_BLOCK
     tiles = _tiled(problem, as_rows, [key for key in kernels.CONFIGS if key[2] <= largest])
     tile = (shape.kernel, input.element_size(), tiles.block_m, tiles.block_n)
     parts_bytes = 4 * len(tiles.table) * shape.kernel**2 * tiles.block_m * tiles.block_n
@@ -125,6 +127,12 @@ def _as_matrices(problem: Problem, as_rows: bool) -> tuple[Tensor, Tensor]:
         rows = once(active, ("packed rows", input.device), lambda: _padded(active).to(input.device))
         grad_output = grad_output.index_select(1, rows)
     return grad_output, input
+
+
+def _is_aligned(grad_output: Tensor, input: Tensor, mask: ParameterMask, as_rows: bool) -> bool:
+    """Whether channels and blocks begin at multiples of 16 bytes, without which loads are narrow and need registers."""
+    channels = grad_output.shape[1] % 16 == 0 and input.shape[1] % 16 == 0
+    return channels and (as_rows or all(side % 8 == 0 for side in mask.grid.block))
 
 
 def _padded(rows: Tensor) -> Tensor:
