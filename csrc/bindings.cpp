@@ -38,8 +38,8 @@ SaliencyKind checked_kind(int kind) {
 }
 
 ScatterTable scatter_table(Address dense_pointers, Address dense_dtypes, Address run_parameter,
-                           Address run_dense_offset, Address run_flat_offset, std::int64_t num_parameters,
-                           std::int64_t num_runs) {
+                           Address run_dense_offset, Address run_flat_offset, Address tile_run,
+                           std::int64_t num_parameters, std::int64_t num_runs) {
   check(num_parameters >= 0 && num_runs >= 0, "expected num_parameters >= 0 and num_runs >= 0");
   check(num_runs == 0 ||
             (dense_pointers && dense_dtypes && run_parameter && run_dense_offset && run_flat_offset),
@@ -49,6 +49,7 @@ ScatterTable scatter_table(Address dense_pointers, Address dense_dtypes, Address
           at<std::int32_t>(run_parameter),
           at<std::int64_t>(run_dense_offset),
           at<std::int64_t>(run_flat_offset),
+          at<std::int64_t>(tile_run),
           num_parameters,
           num_runs};
 }
@@ -64,24 +65,25 @@ void check_host_table(const ScatterTable& table, std::int64_t numel) {
   }
 }
 
-void checked_step_cpu(const AdamwBuffers& buffers, const AdamwConstants& constants, const ScatterTable& table,
+void checked_step_cpu(const AdamwBuffers& buffers, const AdamwSettings& settings, const ScatterTable& table,
                       int threads) {
   check(threads >= 1, "expected threads >= 1");
   check_host_table(table, buffers.numel);
-  masked_adamw_cpu(buffers, constants, table, threads);
+  masked_adamw_cpu(buffers, adamw_constants(settings), table, threads);
 }
 
-// Binds an AdamW step. Where it runs (threads, or a stream) is its last argument.
-template <typename Where>
-void def_masked_adamw(py::module_& m, const char* name, const char* doc, const py::arg& where_name,
-                      void (*step)(const AdamwBuffers&, const AdamwConstants&, const ScatterTable&, Where)) {
+// Binds an AdamW step. Where it runs (threads, or numbers in device memory and a stream) are its last arguments.
+template <typename... Where, typename... Names>
+void def_masked_adamw(py::module_& m, const char* name, const char* doc,
+                      void (*step)(const AdamwBuffers&, const AdamwSettings&, const ScatterTable&, Where...),
+                      const Names&... where_names) {
   const auto function = [step](Address value, Address grad, Address exp_avg, Address exp_avg_sq, Address ema,
                                Address saliency, std::int64_t numel, std::int64_t number, double lr,
                                double beta1, double beta2, double eps, double weight_decay, double clip_value,
                                double ema_decay, int saliency_kind, Address dense_pointers,
                                Address dense_dtypes, Address run_parameter, Address run_dense_offset,
-                               Address run_flat_offset, std::int64_t num_parameters, std::int64_t num_runs,
-                               Where where) {
+                               Address run_flat_offset, Address tile_run, std::int64_t num_parameters,
+                               std::int64_t num_runs, Where... where) {
     check(numel >= 0, "expected numel >= 0");
     check(number >= 1, "expected step >= 1");
     check(numel == 0 || (value && grad && exp_avg_sq),
@@ -92,15 +94,15 @@ void def_masked_adamw(py::module_& m, const char* name, const char* doc, const p
     const AdamwSettings settings{number,       lr,         beta1,     beta2,                      eps,
                                  weight_decay, clip_value, ema_decay, checked_kind(saliency_kind)};
     const ScatterTable table = scatter_table(dense_pointers, dense_dtypes, run_parameter, run_dense_offset,
-                                             run_flat_offset, num_parameters, num_runs);
-    step(buffers, adamw_constants(settings), table, where);
+                                             run_flat_offset, tile_run, num_parameters, num_runs);
+    step(buffers, settings, table, where...);
   };
   m.def(name, function, doc, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "value"_a, "grad"_a,
         "exp_avg"_a, "exp_avg_sq"_a, "ema"_a, "saliency"_a, "numel"_a, "step"_a, "lr"_a, "beta1"_a, "beta2"_a,
         "eps"_a, "weight_decay"_a, "clip_value"_a = std::numeric_limits<double>::infinity(),
         "ema_decay"_a = 0.0, "saliency_kind"_a = 0, "dense_pointers"_a = 0, "dense_dtypes"_a = 0,
-        "run_parameter"_a = 0, "run_dense_offset"_a = 0, "run_flat_offset"_a = 0, "num_parameters"_a = 0,
-        "num_runs"_a = 0, where_name);
+        "run_parameter"_a = 0, "run_dense_offset"_a = 0, "run_flat_offset"_a = 0, "tile_run"_a = 0,
+        "num_parameters"_a = 0, "num_runs"_a = 0, where_names...);
 }
 
 void checked_scatter_cpu(const float* value, std::int64_t numel, const ScatterTable& table, int threads) {
@@ -114,19 +116,41 @@ void def_scatter(py::module_& m, const char* name, const char* doc, const py::ar
                  void (*scatter)(const float*, std::int64_t, const ScatterTable&, Where)) {
   const auto function = [scatter](Address value, std::int64_t numel, Address dense_pointers,
                                   Address dense_dtypes, Address run_parameter, Address run_dense_offset,
-                                  Address run_flat_offset, std::int64_t num_parameters, std::int64_t num_runs,
-                                  Where where) {
+                                  Address run_flat_offset, Address tile_run, std::int64_t num_parameters,
+                                  std::int64_t num_runs, Where where) {
     check(numel >= 0, "expected numel >= 0");
     check(numel == 0 || value, "expected the address of value");
     scatter(at<float>(value), numel,
             scatter_table(dense_pointers, dense_dtypes, run_parameter, run_dense_offset, run_flat_offset,
-                          num_parameters, num_runs),
+                          tile_run, num_parameters, num_runs),
             where);
   };
   m.def(name, function, doc, py::call_guard<py::gil_scoped_release>(), py::kw_only(), "value"_a, "numel"_a,
         "dense_pointers"_a, "dense_dtypes"_a, "run_parameter"_a, "run_dense_offset"_a, "run_flat_offset"_a,
-        "num_parameters"_a, "num_runs"_a, where_name);
+        "tile_run"_a = 0, "num_parameters"_a, "num_runs"_a, where_name);
 }
+
+#if PECKER_CUDA
+void check_device_table(const ScatterTable& table) {
+  check(table.num_runs == 0 || table.tile_run, "expected the address of tile_run when num_runs > 0");
+}
+
+void checked_step_cuda(const AdamwBuffers& buffers, const AdamwSettings& settings, const ScatterTable& table,
+                       Address step_tensor, Address lr_tensor, bool lr_is_double, Address constants,
+                       std::uintptr_t stream) {
+  check_device_table(table);
+  check(constants % alignof(AdamwConstants) == 0, "expected constants at a multiple of 16");
+  check((step_tensor || lr_tensor) == (constants != 0), "expected constants with step_tensor or lr_tensor, else none");
+  const AdamwDeviceNumbers numbers{at<float>(step_tensor), at<void>(lr_tensor), lr_is_double,
+                                   at<AdamwConstants>(constants)};
+  masked_adamw_cuda(buffers, settings, numbers, table, stream);
+}
+
+void checked_scatter_cuda(const float* value, std::int64_t numel, const ScatterTable& table, std::uintptr_t stream) {
+  check_device_table(table);
+  scatter_cuda(value, numel, table, stream);
+}
+#endif
 
 template <typename Float>
 std::pair<double, std::int64_t> selected(const std::vector<SelectArray>& arrays, std::int64_t k,
@@ -226,8 +250,8 @@ Addresses are integers (tensor.data_ptr(), 0 for none) of memory that the caller
 be 0.)";
 
   def_masked_adamw(m, "masked_adamw_cpu",
-                   "One AdamW step on flat buffers, and the new values to the dense tensors.", "threads"_a,
-                   checked_step_cpu);
+                   "One AdamW step on flat buffers, and the new values to the dense tensors.", checked_step_cpu,
+                   "threads"_a);
   def_scatter(m, "scatter_cpu", "Copies a flat buffer to the dense tensors.", "threads"_a,
               checked_scatter_cpu);
   m.def("select_threshold_cpu", checked_select_threshold,
@@ -248,10 +272,12 @@ be 0.)";
         "rows"_a, "num_rows"_a, "kernel"_a, "around"_a, "size"_a, "out"_a, "threads"_a);
 #if PECKER_CUDA
   def_masked_adamw(m, "masked_adamw_cuda",
-                   "masked_adamw_cpu in CUDA memory, one launch on a stream of the current device.",
-                   "stream"_a, masked_adamw_cuda);
+                   "masked_adamw_cpu in CUDA memory, one launch on a stream of the current device. With step_tensor "
+                   "(float) or lr_tensor in device memory, another one before it fills the 48 bytes of constants.",
+                   checked_step_cuda, "step_tensor"_a = 0, "lr_tensor"_a = 0, "lr_is_double"_a = false,
+                   "constants"_a = 0, "stream"_a);
   def_scatter(m, "scatter_cuda", "scatter_cpu in CUDA memory, one launch on a stream of the current device.",
-              "stream"_a, scatter_cuda);
+              "stream"_a, checked_scatter_cuda);
 #endif
   m.def("build_info", build_info, "What was compiled in and what runs, as a dict.");
   m.def("use_isa", use_isa, "name"_a,

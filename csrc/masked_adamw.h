@@ -21,7 +21,8 @@ struct AdamwSettings {
   SaliencyKind saliency_kind;
 };
 
-struct AdamwConstants {
+// Aligned so that the GPU reads them with three loads.
+struct alignas(16) AdamwConstants {
   float decay;  // 1 - lr * weight_decay
   float one_minus_beta1;
   float beta2;
@@ -44,16 +45,17 @@ struct AdamwBuffers {
   std::int64_t numel;
 };
 
-// In double: 1 - beta2^step loses all its digits in float when beta2 is near 1.
-inline AdamwConstants adamw_constants(const AdamwSettings& s) {
+// In double: 1 - beta2^step loses all its digits in float when beta2 is near 1. The GPU's pow differs from the CPU's
+// in the last bits of a double, which the rounding to float hides but for one value in thousands; then it is one ulp.
+PECKER_HOST_DEVICE AdamwConstants adamw_constants(const AdamwSettings& s) {
   const double step = static_cast<double>(s.step);
   AdamwConstants c;
   c.decay = static_cast<float>(1.0 - s.lr * s.weight_decay);
   c.one_minus_beta1 = static_cast<float>(1.0 - s.beta1);
   c.beta2 = static_cast<float>(s.beta2);
   c.one_minus_beta2 = static_cast<float>(1.0 - s.beta2);
-  c.step_size = static_cast<float>(s.lr / (1.0 - std::pow(s.beta1, step)));
-  c.bias2_sqrt = static_cast<float>(std::sqrt(1.0 - std::pow(s.beta2, step)));
+  c.step_size = static_cast<float>(s.lr / (1.0 - pow(s.beta1, step)));
+  c.bias2_sqrt = static_cast<float>(sqrt(1.0 - pow(s.beta2, step)));
   c.eps = static_cast<float>(s.eps);
   c.clip_value = static_cast<float>(s.clip_value);
   c.one_minus_ema_decay = static_cast<float>(1.0 - s.ema_decay);
@@ -84,10 +86,18 @@ PECKER_HOST_DEVICE void adamw_update(const AdamwConstants& c, float g, AdamwStat
   if (kHasEma) s.ema = s.ema + c.one_minus_ema_decay * (s.value - s.ema);
 }
 
+// What a captured CUDA graph must find changed at every replay, in device memory; null: the number in AdamwSettings.
+struct AdamwDeviceNumbers {
+  const float* step;
+  const void* lr;  // float, or double
+  bool lr_is_double;
+  AdamwConstants* constants;  // scratch; null where both are numbers
+};
+
 // The CPU's buffers and table are in host memory, the GPU's in that of the current device; the stream is its.
 void masked_adamw_cpu(const AdamwBuffers& buffers, const AdamwConstants& constants, const ScatterTable& table,
                       int threads);
-void masked_adamw_cuda(const AdamwBuffers& buffers, const AdamwConstants& constants,
-                       const ScatterTable& table, std::uintptr_t stream);
+void masked_adamw_cuda(const AdamwBuffers& buffers, const AdamwSettings& settings,
+                       const AdamwDeviceNumbers& numbers, const ScatterTable& table, std::uintptr_t stream);
 
 }  // namespace pecker

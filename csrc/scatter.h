@@ -8,6 +8,8 @@
 
 namespace pecker {
 
+constexpr std::int64_t kScatterTile = 1024;  // flat elements
+
 // Run r is a stretch of weights that is contiguous both in the flat buffer and in one dense tensor: flat
 // [run_flat_offset[r], run_flat_offset[r + 1]) goes to run_dense_offset[r] of parameter run_parameter[r].
 struct ScatterTable {
@@ -15,7 +17,10 @@ struct ScatterTable {
   const std::int32_t* dense_dtypes;    // [num_parameters] DenseDtype
   const std::int32_t* run_parameter;   // [num_runs]
   const std::int64_t* run_dense_offset;  // [num_runs] in elements, in memory order
-  const std::int64_t* run_flat_offset;   // [num_runs + 1] sorted, from 0 to numel
+  const std::int64_t* run_flat_offset;   // [num_runs + 1] sorted, from 0 to numel; no run is empty
+  // [ceil(numel / kScatterTile) + 1] run of element t * kScatterTile, and at last that of numel - 1. It spares a GPU
+  // the search through the whole table; on the CPU, where a thread walks along the runs, it may be null.
+  const std::int64_t* tile_run;
   std::int64_t num_parameters;
   std::int64_t num_runs;  // 0: nothing is scattered, all pointers may be null
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from types import ModuleType
 
 _REMEDY = (
@@ -14,6 +15,10 @@ _REMEDY = (
 _NO_CUDA = (
     "pecker_fast's native module was built without CUDA. Reinstall pecker_fast with nvcc on PATH or in "
     "CUDA_HOME/bin; PECKER_FAST_CUDA=1 makes its absence an error."
+)
+_TOO_OLD = (
+    "this GPU has compute capability {have}, and pecker_fast's native module was compiled for {need}. Reinstall "
+    "pecker_fast with CUDAARCHS set to this GPU's; older ones than 8.0 (Ampere) are not tested."
 )
 
 
@@ -40,12 +45,33 @@ def why_not() -> str | None:
     return _REMEDY.format(cause=found) if isinstance(found, ImportError) else None
 
 
+@functools.cache
 def why_not_cuda() -> str | None:
-    """Why the native module has no CUDA kernels and what to do about it, or None if it has them."""
+    """Why the native CUDA kernels cannot run here and what to do about it, or None if they can where a GPU is."""
     found = _find()
-    if isinstance(found, ImportError) or found.build_info()["cuda"]:
+    if isinstance(found, ImportError):
         return why_not()
-    return _NO_CUDA
+    info = found.build_info()
+    if not info["cuda"]:
+        return _NO_CUDA
+    import torch  # here: this file is imported by those who only ask what was built
+
+    if not torch.cuda.is_available():
+        return None
+    return too_old(torch.cuda.get_device_capability(), info["cuda_architectures"])
+
+
+def too_old(capability: tuple[int, int], architectures: str) -> str | None:
+    """Why a GPU of this compute capability cannot run what was compiled for ``architectures``, or None if it can.
+
+    Args:
+        capability: (major, minor).
+        architectures: As CMake names them: "80 90", "90a-real", ... Newer GPUs run what was compiled for older ones.
+    """
+    compiled = [int(number) for number in re.findall(r"\d+", architectures)]
+    if not compiled or 10 * capability[0] + capability[1] >= min(compiled):
+        return None
+    return _TOO_OLD.format(have=".".join(map(str, capability)), need=architectures)
 
 
 @functools.cache

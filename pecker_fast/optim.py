@@ -32,7 +32,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     Args:
         active: The store that ``apply_mask`` returned.
-        lr: Learning rate.
+        lr: Learning rate; or a float32 or float64 tensor () of it, on the weights' device where ``capturable``.
         betas: Decay of the first and the second moment.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay, of active weights only.
@@ -44,6 +44,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         shard_group: Keep on every rank of these processes only its share of the state (ZeRO stage 1, arXiv 1910.02054):
             a step updates that share and gathers the new weights, with the weights and bits of a step that is not
             sharded. The gradients must be averaged already, by DDP or ``active.all_reduce_()``. None does not shard.
+        capturable: As in ``torch.optim``: the steps are counted in a float32 tensor on the weights' device, so that a
+            step can be captured in a CUDA graph, after one that is not. A learning rate that is to change between
+            replays must be a tensor; all other settings are those of the capture.
 
     Raises:
         ValueError: A number is out of range.
@@ -66,6 +69,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         saliency: Accumulate | None = None,
         backend: str | None = None,
         shard_group: ProcessGroup | None = None,
+        capturable: bool = False,
     ) -> None:
         if not isinstance(active, ActiveParameters):
             raise TypeError(
@@ -95,6 +99,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             "clip_value": clip_value,
             "ema_decay": ema_decay,
             "saliency": saliency,
+            "capturable": capturable,
         }
         super().__init__(active.parameters(), defaults)
 
@@ -116,13 +121,19 @@ class MaskedAdamW(torch.optim.Optimizer):
         own = {"active": self.active, "backend": self.backend, "shard": self.shard}
         return super().__getstate__() | own
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("capturable", False)  # saved before there was the setting
+
     @torch._disable_dynamo  # type: ignore[attr-defined] # as torch.optim does it: torch.compiler.disable would import the compiler right away
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every active weight, from its ``grad``.
 
         Raises:
-            RuntimeError: An active weight has never had a gradient.
+            RuntimeError: An active weight has never had a gradient, or a CUDA graph is being captured and the optimizer
+                is not ``capturable``.
         """
         loss = None
         if closure is not None:
@@ -131,6 +142,10 @@ class MaskedAdamW(torch.optim.Optimizer):
         active, group = self.active, self.param_groups[0]
         if group["params"][0] is not next(active.named_parameters())[1]:
             raise RuntimeError("MaskedAdamW: the mask was changed without this optimizer; give it to change_mask too")
+        if active.values.is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "MaskedAdamW: a CUDA graph would repeat the step with this number for ever; make it with capturable=True"
+            )
         active.bind_()
         active.check_gradients()
         state = self._state()
@@ -143,7 +158,7 @@ class MaskedAdamW(torch.optim.Optimizer):
                 _cut(state.get("exp_avg"), here),
                 state["exp_avg_sq"][here],
                 step=state["step"],
-                lr=float(group["lr"]),
+                lr=_rate(group),
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
                 eps=group["eps"],
@@ -181,6 +196,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         for name, buffer in state.items():
             if isinstance(buffer, Tensor) and buffer.device != values.device:
                 state[name] = buffer.to(values.device)  # the model moved after the first step
+        if isinstance(state["step"], Tensor) != group["capturable"]:
+            number = int(state["step"])
+            state["step"] = values.new_full((), number, dtype=torch.float32) if group["capturable"] else number
         self.active.ema, self.active.ema_shard = state.get("ema"), self.shard
         return state
 
@@ -213,7 +231,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         new = None if old is None else Shard.of(self.active.numel, old.group)
         state = self.state.pop(group["params"][0], {})
         for name, buffer in state.items():
-            if isinstance(buffer, Tensor):
+            if isinstance(buffer, Tensor) and name != "step":
                 moved = carried(name, buffer if old is None else old.gather(buffer))
                 state[name] = moved if new is None else new.part_of(moved)
         group["params"], self.shard = self.active.parameters(), new
@@ -247,6 +265,12 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         if state_dict["state"]:
             self._state()
+
+
+def _rate(group: dict[str, Any]) -> float | Tensor:
+    """The learning rate of this step: read now where that waits for nothing and no graph is meant to follow it."""
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) and (group["capturable"] or lr.device.type != "cpu") else float(lr)
 
 
 def _cut(buffer: Tensor | None, stretch: slice) -> Tensor | None:

@@ -13,6 +13,8 @@ from pecker_fast.blocks import ParameterMask
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """How csrc/scatter.h numbers the dtypes of dense weights."""
+TILE = 1024
+"""Flat elements that one thread block, or one Triton program, copies: kScatterTile of csrc/scatter.h."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,22 @@ class ScatterTable:
     """Copies a flat buffer into the dense weights of a model, and only the weights that the buffer holds.
 
     For the native kernels everything is in one table of runs of neighbouring weights, so that a whole model is one
-    call however many weights it has: 20 bytes a run, 12 a weight, 8 for its end. A row that is active is one run at
-    most, so that rows and tiles need little; a single weight without active neighbours is a run of its own, whose entry
-    takes as many bytes as its value, gradient, two moments and running average together. The table keeps the dense
-    tensors, whose addresses it holds, alive.
+    call however many weights it has: 20 bytes a run, 12 a weight, 8 for each tile of 1024 flat elements, 16 for both
+    ends. A row that is active is one run at most, so that rows and tiles need little; a single weight without active
+    neighbours is a run of its own, whose entry takes as many bytes as its value, gradient, two moments and running
+    average together. The table keeps the dense tensors, whose addresses it holds, alive.
+
+    Args:
+        targets: Where each stretch of the flat buffer goes, in the buffer's order.
+        device: Where the buffer and the dense weights are.
+
+    Attributes:
+        numel: Length of the flat buffer.
+        device: Where the buffer, the table and the dense weights are.
+        dtypes: Those of the dense weights: bit c is set where one has code c.
+
+    Raises:
+        ValueError: A dense weight is on another device.
     """
 
     def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
@@ -56,6 +70,9 @@ class ScatterTable:
         begins = torch.tensor([0, *(target.mask.numel for target in self.targets)]).cumsum(0)
         flat = [starts + begin for (_, starts), begin in zip(runs, begins.tolist(), strict=False)]
         dense = [target.dense for target in self.targets]
+        for d in dense:
+            if d is not None and not _same_device(d.device, device):
+                raise ValueError(f"ScatterTable: dense weights must be on the buffer's {device}, got one on {d.device}")
 
         self.dense_pointers = torch.tensor([0 if d is None else d.data_ptr() for d in dense], device=device)
         self.dense_dtypes = torch.tensor(
@@ -64,7 +81,13 @@ class ScatterTable:
         owners = torch.arange(len(runs), dtype=torch.int32)
         self.run_parameter = owners.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device)
         self.run_dense_offset = torch.cat([offsets for offsets, _ in runs] or [torch.zeros(0).long()]).to(device)
-        self.run_flat_offset = torch.cat([*flat, torch.tensor([self.numel])]).to(device)
+        run_flat_offset = torch.cat([*flat, torch.tensor([self.numel])])
+        self.run_flat_offset = run_flat_offset.to(device)
+        # The run of the first element of every tile, and at last of the last element: int64 (ceil(numel / TILE) + 1,).
+        ends = torch.tensor([*range(0, self.numel, TILE), max(self.numel - 1, 0)])
+        self.tile_run = (torch.searchsorted(run_flat_offset, ends, right=True) - 1).to(device)
+        self.dtypes = sum(1 << code for code in {DTYPE_CODES[d.dtype] for d in dense if d is not None})
+        self.device = self.tile_run.device
         self._index: dict[int, Tensor] = {}
 
     @property
@@ -80,10 +103,20 @@ class ScatterTable:
             self.run_parameter,
             self.run_dense_offset,
             self.run_flat_offset,
+            self.tile_run,
         ]
 
     def scatter_(self, values: Tensor) -> None:
-        """Copy ``values`` (numel,) into the dense weights, rounded to their dtype."""
+        """Copy ``values`` (numel,) into the dense weights, rounded to their dtype.
+
+        Raises:
+            ValueError: ``values`` is of another length, or on another device than the table.
+        """
+        if values.shape != (self.numel,) or values.device != self.device:
+            raise ValueError(
+                f"ScatterTable: values: expected ({self.numel},) on {self.device}, got {tuple(values.shape)} on "
+                f"{values.device}; make the table for the buffer"
+            )
         if self.is_empty:
             return
         scatter, where = self._native(values)
@@ -117,11 +150,16 @@ class ScatterTable:
 
 def native_table(tensors: list[Tensor]) -> dict[str, int]:
     """A table's tensors (none: nothing to copy) as addresses and sizes, by the names of the native module."""
-    names = ("dense_pointers", "dense_dtypes", "run_parameter", "run_dense_offset", "run_flat_offset")
+    names = ("dense_pointers", "dense_dtypes", "run_parameter", "run_dense_offset", "run_flat_offset", "tile_run")
     if not tensors:
         return dict.fromkeys((*names, "num_parameters", "num_runs"), 0)
     addresses = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
     return {**addresses, "num_parameters": len(tensors[0]), "num_runs": len(tensors[2])}
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether they are the same; "cuda" without a number, which tensors never have, is any of that type."""
+    return one == other or (other.index is None and one.type == other.type)
 
 
 def _runs(target: Target) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What masked training keeps, allocates and saves for backward, in bytes: it goes with the active weights."""
 
 import copy
+import math
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import nn
 from pecker_fast import BlockMask, MaskedAdamW, apply_mask
 from pecker_fast.layers import LINEAR_TILES_DENSE_ABOVE, ROWS_DENSE_ABOVE
 from pecker_fast.models import DDPMUNet
+from pecker_fast.scatter import TILE
 
 # -- state: a formula ------------------------------------------------------------------------------
 
@@ -85,12 +87,13 @@ def runs(mask, channels_last):
 
 @pytest.mark.parametrize("block", ["row", (8, 8), "element"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_scatter_table_has_twenty_bytes_a_run_and_twelve_a_weight(block, layout):
+def test_the_scatter_table_has_twenty_bytes_a_run_twelve_a_weight_and_eight_a_tile(block, layout):
     model = Zoo().bfloat16().to(memory_format=layout)  # nothing is a view of the buffer, everything is scattered
     mask = BlockMask.random(model, 0.2, block)
     active = apply_mask(model, mask)
     count = runs(mask, layout == torch.channels_last)
-    assert bytes_of(active.scatter_table().tensors()) == 20 * count + 8 + 12 * len(active.names)
+    tiles = 8 * math.ceil(active.numel / TILE)
+    assert bytes_of(active.scatter_table().tensors()) == 20 * count + 12 * len(active.names) + tiles + 16
     rows = sum(len(parameter.active) for parameter in mask.parameters.values())
     assert count <= (rows if block == "row" else mask.numel)
 

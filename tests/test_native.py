@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_no
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]  # in the order of csrc/dtype.h
 HYPER = {"step": 3, "lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+TABLE = ("dense_pointers", "dense_dtypes", "run_parameter", "run_dense_offset", "run_flat_offset")
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 6e-8, 2.9e-8, 65504.0, 65520.0, 3.4e38, 1 + 2**-9]
 
 
@@ -348,3 +349,63 @@ def test_unsafe_shifts_raise(arguments, message):
     native.load().shifted_rows_cpu(**(good | {"rows": torch.tensor([0, 4]).data_ptr(), "num_rows": 0}))
     with pytest.raises(ValueError, match=message):
         native.load().shifted_rows_cpu(**(good | arguments))
+
+
+@pytest.mark.skipif(native.available() and not native.load().build_info()["cuda"], reason="built without CUDA")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"numel": 2**41}, r"at most 2\^31 - 1 tiles"),
+        ({"num_runs": 1}, "five arrays"),
+        ({"num_runs": 1} | dict.fromkeys(TABLE, 16), "address of tile_run"),
+        ({"step_tensor": 16}, "constants with step_tensor"),
+        ({"constants": 16}, "constants with step_tensor"),
+        ({"lr_tensor": 16, "constants": 8}, "multiple of 16"),
+    ],
+)
+def test_unsafe_cuda_arguments_raise_before_any_launch(arguments, message):
+    addresses = dict.fromkeys(make_buffers(1), 16)  # nobody looks there
+    with pytest.raises(ValueError, match=message):
+        native.load().masked_adamw_cuda(**({**addresses, "numel": 4, "stream": 0} | HYPER | arguments))
+
+
+@pytest.mark.skipif(native.available() and not native.load().build_info()["cuda"], reason="built without CUDA")
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"numel": 2**41}, r"at most 2\^31 - 1 tiles"), ({"tile_run": 0}, "address of tile_run"), ({"value": 0}, "value")],
+)
+def test_unsafe_cuda_scatters_raise_before_any_launch(arguments, message):
+    table = dict.fromkeys((*TABLE, "tile_run"), 16) | {"num_parameters": 1, "num_runs": 1}
+    with pytest.raises(ValueError, match=message):
+        native.load().scatter_cuda(**({"value": 16, "numel": 4, "stream": 0} | table | arguments))
+
+
+@pytest.mark.parametrize(
+    "capability, architectures, refused",
+    [
+        ((9, 0), "80 90", False),
+        ((8, 0), "80 90", False),
+        ((8, 9), "80-real 90a", False),
+        ((12, 1), "80 90", False),
+        ((7, 5), "80 90", True),
+        ((8, 0), "90", True),
+        ((7, 5), "native", False),  # nothing is known
+    ],
+)
+def test_a_gpu_too_old_for_what_was_compiled(capability, architectures, refused):
+    reason = native.too_old(capability, architectures)
+    assert (reason is not None) == refused
+    if refused:
+        assert f"compute capability {capability[0]}.{capability[1]}" in reason and architectures in reason
+
+
+def test_why_not_cuda_asks_the_gpu(monkeypatch):
+    module = type("Module", (), {"build_info": staticmethod(lambda: {"cuda": True, "cuda_architectures": "80 90"})})
+    monkeypatch.setattr(native, "_find", lambda: module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    native.why_not_cuda.cache_clear()
+    try:
+        assert "compute capability 7.0" in native.why_not_cuda()
+    finally:
+        native.why_not_cuda.cache_clear()

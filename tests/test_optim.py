@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import conv_net
 
-from pecker_fast import BlockMask, MaskedAdamW, apply_mask
+from pecker_fast import BlockMask, MaskedAdamW, apply_mask, change_mask
 from pecker_fast.ops import accumulate_saliency_
 
 
@@ -115,6 +115,95 @@ def test_a_state_of_another_mask_is_refused():
         other.load_state_dict(state)
 
 
+def capturable_pair(**settings):
+    return masked(**settings), masked(**settings, capturable=True)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("settings", [{}, {"betas": (0.0, 0.99), "ema_decay": 0.9}, {"saliency": "abs"}])
+def test_capturable_counts_in_a_tensor_and_makes_the_same_steps(settings, backend):
+    (model, active, opt), (other_model, other_active, other) = capturable_pair(**settings, backend=backend)
+    train(model, opt, BATCHES)
+    train(other_model, other, BATCHES[:1])
+    (state,) = other.state.values()
+    step = state["step"]
+    train(other_model, other, BATCHES[1:])
+    assert state["step"] is step and step.dtype == torch.float32 and step.shape == () and float(step) == len(BATCHES)
+    assert torch.equal(active.values, other_active.values)
+
+
+def test_a_learning_rate_in_a_tensor_is_read_at_every_step():
+    (model, active, opt), (other_model, other_active, other) = capturable_pair()
+    rate = torch.tensor(0.01, dtype=torch.float64)
+    other.param_groups[0]["lr"] = rate
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    other_schedule = torch.optim.lr_scheduler.ExponentialLR(other, 0.5)
+    for x in BATCHES:
+        train(model, opt, [x])
+        train(other_model, other, [x])
+        schedule.step()
+        other_schedule.step()
+    assert other.param_groups[0]["lr"] is rate and float(rate) < 0.001
+    assert torch.equal(active.values, other_active.values)
+
+
+def test_a_capturable_state_continues_to_the_bit():
+    (model, active, opt), (other_model, other_active, other) = capturable_pair()
+    train(model, opt, BATCHES)
+    train(other_model, other, BATCHES[:2])
+    file = io.BytesIO()
+    torch.save({"model": other_model.state_dict(), "optimizer": other.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    for capturable in (True, False):  # as in torch.optim, the saved setting wins
+        fresh_model, fresh_active, fresh = masked(capturable=capturable)
+        fresh_model.load_state_dict(saved["model"])
+        fresh.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        assert fresh.param_groups[0]["capturable"]
+        train(fresh_model, fresh, BATCHES[2:])
+        assert torch.equal(fresh_active.values, active.values)
+    twin_model, twin = copy.deepcopy((other_model, other))
+    train(twin_model, twin, BATCHES[2:])
+    assert torch.equal(twin.active.values, active.values)
+    assert not torch.equal(other_active.values, active.values)
+
+
+def test_a_state_from_before_there_was_the_setting_is_loaded():
+    model, active, opt = masked()
+    train(model, opt, BATCHES[:2])
+    saved = copy.deepcopy(opt.state_dict())
+    for group in saved["param_groups"]:
+        del group["capturable"]
+    other_model, other_active, other = masked()
+    other_model.load_state_dict(model.state_dict())
+    other.load_state_dict(saved)
+    train(model, opt, BATCHES[2:])
+    train(other_model, other, BATCHES[2:])
+    assert torch.equal(other_active.values, active.values)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_capturable_may_be_switched_in_mid_training(before):
+    model, active, opt = masked()
+    train(model, opt, BATCHES)
+    other_model, other_active, other = masked(capturable=before)
+    train(other_model, other, BATCHES[:3])
+    other.param_groups[0]["capturable"] = not before
+    train(other_model, other, BATCHES[3:])
+    (state,) = other.state.values()
+    assert isinstance(state["step"], torch.Tensor) != before
+    assert torch.equal(other_active.values, active.values)
+
+
+def test_a_change_of_the_mask_keeps_the_count():
+    model, active, opt = masked(capturable=True)
+    train(model, opt, BATCHES[:3])
+    change_mask(active, BlockMask.random(model, 0.5, "row"), opt)
+    train(model, opt, BATCHES[3:4])
+    (state,) = opt.state.values()
+    assert float(state["step"]) == 4 and len(state["exp_avg_sq"]) == active.numel
+
+
 def test_closures():
     model, active, opt = masked(lr=1e-4)
 
@@ -168,3 +257,88 @@ def test_no_saliency_is_kept_unless_asked_for():
         opt.saliency()
     with pytest.raises(ValueError, match="MaskedAdamW: saliency: expected one of signed_sum"):
         masked(saliency="cube")
+
+
+# -- on a GPU ------------------------------------------------------------------------------------
+
+GPU_BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+
+
+def on_gpu(backend, **settings):
+    torch.manual_seed(0)
+    model = conv_net().cuda()
+    active = apply_mask(model, BlockMask.random(model, 0.3, "row"))
+    return model, active, MaskedAdamW(active, **({"lr": 0.01, "backend": backend} | settings))
+
+
+@pytest.mark.gpu
+@GPU_BACKENDS
+def test_a_captured_step_follows_the_count_and_the_learning_rate(backend):
+    settings = {"betas": (0.9, 0.99), "ema_decay": 0.9, "weight_decay": 0.1, "clip_value": 0.5, "capturable": True}
+    x = torch.randn(2, 3, 8, 8, device="cuda")
+    runs = []
+    for _ in ("captured", "eager"):
+        model, active, opt = on_gpu(backend, **settings)
+        opt.param_groups[0]["lr"] = torch.full((), 0.01, device="cuda")
+        runs.append((model, active, opt))
+
+    def step(model, opt):
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        opt.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for model, _, opt in runs:
+            step(model, opt)
+            step(model, opt)
+    torch.cuda.current_stream().wait_stream(side)
+    (model, active, opt), (eager_model, eager_active, eager) = runs
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(model, opt)
+    rates = [0.01, 0.003, 0.02, 0.01, 0.005]
+    for rate in rates:
+        x.copy_(torch.randn_like(x))
+        opt.param_groups[0]["lr"].fill_(rate)
+        eager.param_groups[0]["lr"].fill_(rate)
+        before = active.values.clone()
+        graph.replay()
+        step(eager_model, eager)
+        assert torch.equal(active.values, eager_active.values) and not torch.equal(active.values, before)
+        for name, weight in eager_model.named_parameters():
+            assert torch.equal(model.get_parameter(name), weight), name
+    (state,) = opt.state.values()
+    assert float(state["step"]) == 2 + len(rates)
+    assert torch.equal(active.ema, eager_active.ema)
+
+
+@pytest.mark.gpu
+def test_a_step_that_a_graph_would_freeze_is_refused():
+    model, _, opt = on_gpu(None)
+    train(model, opt, [BATCHES[0].cuda()])
+    with pytest.raises(RuntimeError, match="make it with capturable=True"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        opt.step()
+
+
+@pytest.mark.gpu
+def test_a_captured_step_refuses_a_learning_rate_on_the_cpu():
+    model, _, opt = on_gpu(None, capturable=True)
+    opt.param_groups[0]["lr"] = torch.tensor(0.01)
+    with pytest.raises(ValueError, match="lr: expected a number, or a tensor of .* on cuda:0, got .* on cpu"):
+        train(model, opt, [BATCHES[0].cuda()])
+
+
+@pytest.mark.gpu
+@GPU_BACKENDS
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_step_waits_for_nothing(backend, capturable):
+    model, _, opt = on_gpu(backend, capturable=capturable, ema_decay=0.9, saliency="abs")
+    batches = [x.cuda() for x in BATCHES]
+    train(model, opt, batches[:1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train(model, opt, batches[1:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,27 +1,25 @@
 // The AdamW step of a whole model in one launch: flat, coalesced reads and writes of the optimizer state,
 // then the new values straight from registers to the dense weights.
 #include "../masked_adamw.h"
-#include "pack.cuh"
+#include "scatter.cuh"
 
 namespace pecker {
 namespace {
 
-template <bool kHasExpAvg, bool kHasEma, bool kHasSaliency>
-__global__ void __launch_bounds__(kThreads)
-    masked_adamw_kernel(AdamwBuffers b, AdamwConstants c, ScatterTable table, bool aligned) {
-  const std::int64_t tile = blockIdx.x * kTile;
-  const std::int64_t element = tile + threadIdx.x * kPack;
-  const int count = pack_count(element, b.numel);
+// Multiprocessors hold so many blocks or more, five of the usual ones. Without the bound the compiler aims at 40
+// registers for the smallest kernel, and spills.
+constexpr int kMinBlocks = 3;
 
-  // Loaded before the search for the runs, whose latency they then share.
-  const Pack grad = load_pack(b.grad, element, count, aligned);
-  Pack value = load_pack(b.value, element, count, aligned);
-  Pack exp_avg = kHasExpAvg ? load_pack(b.exp_avg, element, count, aligned) : Pack{};
-  Pack exp_avg_sq = load_pack(b.exp_avg_sq, element, count, aligned);
-  Pack ema = kHasEma ? load_pack(b.ema, element, count, aligned) : Pack{};
-  Pack saliency = kHasSaliency ? load_pack(b.saliency, element, count, aligned) : Pack{};
-  const std::int64_t end = tile + kTile < b.numel ? tile + kTile : b.numel;
-  const longlong2 runs = table.num_runs > 0 ? tile_runs(table, tile, end) : longlong2{0, 0};
+template <bool kWide, bool kHasExpAvg, bool kHasEma, bool kHasSaliency>
+__device__ __forceinline__ void step_pack(const AdamwBuffers& b, const AdamwConstants& c, const ScatterTable& table,
+                                          std::int64_t element, int count) {
+  const Pack grad = load_pack<kWide>(b.grad, element, count);
+  Pack value = load_pack<kWide>(b.value, element, count);
+  Pack exp_avg = kHasExpAvg ? load_pack<kWide>(b.exp_avg, element, count) : Pack{};
+  Pack exp_avg_sq = load_pack<kWide>(b.exp_avg_sq, element, count);
+  Pack ema = kHasEma ? load_pack<kWide>(b.ema, element, count) : Pack{};
+  Pack saliency = kHasSaliency ? load_pack<kWide>(b.saliency, element, count) : Pack{};
+  const PackDestination to = pack_destination(table, element, count);
 
 #pragma unroll
   for (int k = 0; k < kPack; ++k) {
@@ -34,35 +32,75 @@ __global__ void __launch_bounds__(kThreads)
     saliency.x[k] = s.saliency;
   }
 
-  store_pack(b.value, element, count, aligned, value);
-  if (kHasExpAvg) store_pack(b.exp_avg, element, count, aligned, exp_avg);
-  store_pack(b.exp_avg_sq, element, count, aligned, exp_avg_sq);
-  if (kHasEma) store_pack(b.ema, element, count, aligned, ema);
-  if (kHasSaliency) store_pack(b.saliency, element, count, aligned, saliency);
-  if (table.num_runs > 0 && count > 0) scatter_pack(table, runs, element, count, value);
+  store_pack<kWide>(b.value, element, count, value);
+  if (kHasExpAvg) store_pack<kWide>(b.exp_avg, element, count, exp_avg);
+  store_pack<kWide>(b.exp_avg_sq, element, count, exp_avg_sq);
+  if (kHasEma) store_pack<kWide>(b.ema, element, count, ema);
+  if (kHasSaliency) store_pack<kWide>(b.saliency, element, count, saliency);
+  scatter_pack(table, to, element, count, value);
 }
 
-using Kernel = void (*)(AdamwBuffers, AdamwConstants, ScatterTable, bool);
+// Constants by value are operands of the instructions; those in device memory take registers.
+__device__ __forceinline__ const AdamwConstants& read(const AdamwConstants& constants) {
+  return constants;
+}
 
-// Indexed [has exp_avg][has ema][has saliency].
-const Kernel kKernels[2][2][2] = {
-    {{masked_adamw_kernel<false, false, false>, masked_adamw_kernel<false, false, true>},
-     {masked_adamw_kernel<false, true, false>, masked_adamw_kernel<false, true, true>}},
-    {{masked_adamw_kernel<true, false, false>, masked_adamw_kernel<true, false, true>},
-     {masked_adamw_kernel<true, true, false>, masked_adamw_kernel<true, true, true>}}};
+__device__ __forceinline__ AdamwConstants read(const AdamwConstants* constants) {
+  constexpr int kWords = sizeof(AdamwConstants) / sizeof(uint4);
+  uint4 words[kWords];
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) words[k] = __ldg(reinterpret_cast<const uint4*>(constants) + k);
+  AdamwConstants c;
+  std::memcpy(&c, words, sizeof c);
+  return c;
+}
 
-}  // namespace
+template <bool kHasExpAvg, bool kHasEma, bool kHasSaliency, typename Constants>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    masked_adamw_kernel(AdamwBuffers b, Constants constants, ScatterTable table, bool aligned) {
+  const std::int64_t element = blockIdx.x * kTile + threadIdx.x * kPack;
+  const int count = pack_count(element, b.numel);
+  if (aligned && count == kPack) {
+    step_pack<true, kHasExpAvg, kHasEma, kHasSaliency>(b, read(constants), table, element, count);
+  } else if (count > 0) {
+    step_pack<false, kHasExpAvg, kHasEma, kHasSaliency>(b, read(constants), table, element, count);
+  }
+}
 
-void masked_adamw_cuda(const AdamwBuffers& b, const AdamwConstants& constants, const ScatterTable& table,
-                       std::uintptr_t stream) {
-  if (b.numel == 0) return;
+__global__ void constants_kernel(AdamwSettings settings, AdamwDeviceNumbers numbers) {
+  if (numbers.step) settings.step = static_cast<std::int64_t>(*numbers.step);
+  if (numbers.lr && numbers.lr_is_double) settings.lr = *static_cast<const double*>(numbers.lr);
+  if (numbers.lr && !numbers.lr_is_double) settings.lr = *static_cast<const float*>(numbers.lr);
+  *numbers.constants = adamw_constants(settings);
+}
+
+template <typename Constants>
+void launch(const AdamwBuffers& b, const Constants& constants, const ScatterTable& table, cudaStream_t stream) {
+  using Kernel = void (*)(AdamwBuffers, Constants, ScatterTable, bool);
+  // Indexed [has exp_avg][has ema][has saliency].
+  static const Kernel kKernels[2][2][2] = {
+      {{masked_adamw_kernel<false, false, false>, masked_adamw_kernel<false, false, true>},
+       {masked_adamw_kernel<false, true, false>, masked_adamw_kernel<false, true, true>}},
+      {{masked_adamw_kernel<true, false, false>, masked_adamw_kernel<true, false, true>},
+       {masked_adamw_kernel<true, true, false>, masked_adamw_kernel<true, true, true>}}};
   // A null pointer counts as aligned.
   const bool aligned = is_aligned(b.value) && is_aligned(b.grad) && is_aligned(b.exp_avg) &&
                        is_aligned(b.exp_avg_sq) && is_aligned(b.ema) && is_aligned(b.saliency);
   const Kernel kernel = kKernels[b.exp_avg != nullptr][b.ema != nullptr][b.saliency != nullptr];
-  kernel<<<tiles(b.numel), kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(b, constants, table,
-                                                                                  aligned);
+  kernel<<<tiles(b.numel), kThreads, 0, stream>>>(b, constants, table, aligned);
   check_cuda(cudaGetLastError(), "masked_adamw_cuda");
+}
+
+}  // namespace
+
+void masked_adamw_cuda(const AdamwBuffers& b, const AdamwSettings& settings, const AdamwDeviceNumbers& numbers,
+                       const ScatterTable& table, std::uintptr_t stream_address) {
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_address);
+  if (tiles(b.numel) == 0) return;
+  if (numbers.constants == nullptr) return launch(b, adamw_constants(settings), table, stream);
+  constants_kernel<<<1, 1, 0, stream>>>(settings, numbers);
+  check_cuda(cudaGetLastError(), "masked_adamw_cuda: constants");
+  launch(b, static_cast<const AdamwConstants*>(numbers.constants), table, stream);
 }
 
 }  // namespace pecker

@@ -1,17 +1,24 @@
-#include "../scatter.h"
-#include "pack.cuh"
+#include "scatter.cuh"
 
 namespace pecker {
 namespace {
 
+template <bool kWide>
+__device__ __forceinline__ void copy_pack(const float* value, const ScatterTable& table, std::int64_t element,
+                                          int count) {
+  const Pack pack = load_pack<kWide>(value, element, count);
+  scatter_pack(table, pack_destination(table, element, count), element, count, pack);
+}
+
 __global__ void __launch_bounds__(kThreads)
     scatter_kernel(const float* value, std::int64_t numel, ScatterTable table, bool aligned) {
-  const std::int64_t tile = blockIdx.x * kTile;
-  const std::int64_t element = tile + threadIdx.x * kPack;
+  const std::int64_t element = blockIdx.x * kTile + threadIdx.x * kPack;
   const int count = pack_count(element, numel);
-  const Pack pack = load_pack(value, element, count, aligned);
-  const longlong2 runs = tile_runs(table, tile, tile + kTile < numel ? tile + kTile : numel);
-  if (count > 0) scatter_pack(table, runs, element, count, pack);
+  if (aligned && count == kPack) {
+    copy_pack<true>(value, table, element, count);
+  } else if (count > 0) {
+    copy_pack<false>(value, table, element, count);
+  }
 }
 
 }  // namespace

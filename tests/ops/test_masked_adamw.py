@@ -1,15 +1,14 @@
 """masked_adamw_: every backend equals float64 truth within the budget, and the CPU kernel the reference to the bit."""
 
-import math
-
 import pytest
 import torch
+from adamw import DTYPES, SALIENCY, SETTINGS, Model, assert_same_bits, buffers, clone, gradients, run, truth_of
 from budget import assert_within_budget
 
 from pecker_fast import backends
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.ops import accumulate_saliency_, masked_adamw_
-from pecker_fast.scatter import ScatterTable, Target
+from pecker_fast.scatter import TILE, ScatterTable, Target
 
 needs_native = pytest.mark.skipif(
     backends()["masked_adamw_"]["cpu"].used != "cpu",
@@ -17,59 +16,6 @@ needs_native = pytest.mark.skipif(
 )
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_native)]
 SIZES = [0, 1, 15, 17, 1000, 70_001]
-SETTINGS = [
-    {"beta1": 0.9, "weight_decay": 0.0},
-    {"beta1": 0.9, "weight_decay": 0.1, "clip_value": 0.5},
-    {"beta1": 0.0, "beta2": 0.99, "clip_value": 1.0, "ema_decay": 0.98},
-    {"beta1": 0.0, "weight_decay": 0.01, "eps": 1e-4, "ema_decay": 0.9999},
-    {"beta1": 0.9, "clip_value": 0.5, "saliency_kind": "abs"},
-    {"beta1": 0.0, "clip_value": 0.5, "saliency_kind": "square"},
-    {"beta1": 0.0, "ema_decay": 0.98, "saliency_kind": "signed_sum"},
-    {"beta1": 0.9, "ema_decay": 0.98, "saliency_kind": "square"},
-]
-SALIENCY = {"signed_sum": lambda g: g, "abs": torch.abs, "square": torch.square}
-
-
-def buffers(n, settings, dtype=torch.float32):
-    value = torch.randn(n, dtype=dtype)
-    return {
-        "value": value,
-        "exp_avg": torch.randn(n, dtype=dtype) if settings["beta1"] else None,
-        "exp_avg_sq": torch.rand(n, dtype=dtype),
-        "ema": value.clone() if "ema_decay" in settings else None,
-        "saliency": torch.rand(n, dtype=dtype) if "saliency_kind" in settings else None,
-    }
-
-
-def run(state, grads, settings, backend=None, **extra):
-    for step, grad in enumerate(grads, 1):
-        masked_adamw_(
-            state["value"], grad, state["exp_avg"], state["exp_avg_sq"], ema=state["ema"],
-            saliency=state["saliency"], step=step, lr=1e-2, backend=backend, **settings, **extra,
-        )  # fmt: skip
-    return state
-
-
-def truth_of(state, grads, settings):
-    """The definition in float64, written out once more and independently of the reference."""
-    w, m, v, ema, saliency = (None if b is None else b.double().clone() for b in state.values())
-    s = {"beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "clip_value": math.inf, "ema_decay": 0.0} | settings
-    for step, grad in enumerate(grads, 1):
-        if saliency is not None:
-            saliency = saliency + SALIENCY[s["saliency_kind"]](grad.double())  # not clipped
-        g = grad.double().clamp(-s["clip_value"], s["clip_value"])
-        w = w * (1 - 1e-2 * s["weight_decay"])
-        m = g if m is None else s["beta1"] * m + (1 - s["beta1"]) * g
-        v = s["beta2"] * v + (1 - s["beta2"]) * g * g
-        m_hat, v_hat = m / (1 - s["beta1"] ** step), v / (1 - s["beta2"] ** step)
-        w = w - 1e-2 * m_hat / (v_hat.sqrt() + s["eps"])
-        ema = None if ema is None else s["ema_decay"] * ema + (1 - s["ema_decay"]) * w
-        m = None if state["exp_avg"] is None else m
-    return {"value": w, "exp_avg": m, "exp_avg_sq": v, "ema": ema, "saliency": saliency}
-
-
-def clone(state):
-    return {name: None if b is None else b.clone() for name, b in state.items()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -102,10 +48,8 @@ def test_float64_is_exact_by_the_reference(settings):
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_cpu_kernel_has_the_reference_bits(n, settings):
     state = buffers(n, settings)
-    grads = [torch.randn(n) * 10 ** torch.randint(-12, 3, (n,)).float() for _ in range(3)]
-    a, b = run(clone(state), grads, settings, "reference"), run(clone(state), grads, settings, "cpu")
-    for name in a:
-        assert a[name] is None or torch.equal(a[name], b[name]), name
+    grads = gradients(n)
+    assert_same_bits(run(clone(state), grads, settings, "cpu"), run(clone(state), grads, settings, "reference"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -157,6 +101,11 @@ def test_saliency_is_that_of_accumulate_saliency_and_changes_no_step(backend, ki
     torch.testing.assert_close(total, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def view_table(n, device="cpu"):
+    grid = BlockGrid.of((n,), "element")
+    return ScatterTable([Target(ParameterMask(grid, torch.arange(n)), None)], torch.device(device))
+
+
 def test_bad_arguments_change_nothing():
     value, grad, square = torch.ones(8), torch.ones(8), torch.ones(8)
     good = {"step": 1, "lr": 0.1}
@@ -171,6 +120,15 @@ def test_bad_arguments_change_nothing():
         ((value, grad, None, square), {"beta1": 0.0, "saliency": torch.zeros(8).bfloat16()}),
         ((value, grad, None, square), {"beta1": 0.0, "saliency": torch.zeros(16)[::2]}),
         ((value, grad, None, square), {"beta1": 0.0, "saliency": torch.zeros(8), "saliency_kind": "cube"}),
+        ((value, grad, None, square), {"beta1": 0.0, "step": torch.tensor(0.0)}),
+        ((value, grad, None, square), {"beta1": 0.0, "step": torch.tensor(1)}),
+        ((value, grad, None, square), {"beta1": 0.0, "step": torch.ones(1)}),
+        ((value, grad, None, square), {"beta1": 0.0, "step": torch.tensor(1.0, device="meta")}),
+        ((value, grad, None, square), {"beta1": 0.0, "lr": torch.tensor(0.1, dtype=torch.float16)}),
+        ((value, grad, None, square), {"beta1": 0.0, "lr": torch.tensor([0.1])}),
+        ((value, grad, None, square), {"beta1": 0.0, "lr": torch.tensor(0.1, device="meta")}),
+        ((value, grad, None, square), {"beta1": 0.0, "scatter": view_table(9)}),
+        ((value, grad, None, square), {"beta1": 0.0, "scatter": view_table(8, "meta")}),
     ):
         with pytest.raises(ValueError):
             masked_adamw_(*arguments, **(good | extra))
@@ -179,16 +137,65 @@ def test_bad_arguments_change_nothing():
     assert torch.equal(value, torch.ones(8)) and torch.equal(square, torch.ones(8))
 
 
+def test_a_table_with_a_dense_weight_on_another_device_is_refused():
+    grid = BlockGrid.of((4, 4), "row")
+    target = Target(ParameterMask(grid, torch.arange(2)), torch.zeros(4, 4, device="meta"))
+    with pytest.raises(ValueError, match="dense weights must be on the buffer's cpu, got one on meta"):
+        ScatterTable([target], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("values", [torch.zeros(9), torch.zeros(8, device="meta"), torch.zeros(2, 4)])
+def test_a_scatter_from_another_buffer_is_refused(values):
+    with pytest.raises(ValueError, match=r"values: expected \(8,\) on cpu"):
+        view_table(8).scatter_(values)
+
+
+@pytest.mark.parametrize("block", ["row", (4, 3), "element"])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 1.0])
+def test_the_table_knows_the_run_of_every_tile(block, density):
+    table = Model([(50, 64), (300,), (64, 90)], block, density, DTYPES).table
+    starts = table.run_flat_offset[:-1]
+    first = [*range(0, table.numel, TILE), table.numel - 1] if table.numel else [0]
+    assert len(table.tile_run) == len(first) == -(-table.numel // TILE) + 1
+    if table.numel:
+        assert table.tile_run.tolist() == [int((starts <= element).sum()) - 1 for element in first]
+    assert (table.run_flat_offset.diff() > 0).all()  # no run is empty: what the search on a GPU relies on
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend):
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_numbers_in_tensors_give_the_same_bits(backend, settings):
+    state, grads = buffers(1000, settings), gradients(1000, 20)
+    expected = run(clone(state), grads, settings, backend)
+    assert_same_bits(run(clone(state), grads, settings, backend, on_device=True), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_number_may_be_in_a_tensor(backend):
+    settings = {"beta1": 0.9, "weight_decay": 0.1}
+    state, grads = buffers(100, settings), gradients(100, 1)
+    expected = run(clone(state), grads, settings, backend, lr=0.25)
+    for extra in ({"lr": torch.tensor(0.25)}, {"lr": 0.25, "step": torch.tensor(1.0)}):
+        assert_same_bits(run(clone(state), grads, settings, backend, **extra), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_opcheck(backend, on_device):
+    tensors = (torch.tensor(1.0), torch.tensor(0.1)) if on_device else (None, None)
     hyper = (1, 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 0.0, "abs")
     state = (torch.randn(9), torch.randn(9), torch.randn(9), torch.rand(9), torch.randn(9), torch.zeros(9))
-    arguments = (*state, [], *hyper, backend)
+    arguments = (*state, [], 0, *tensors, *hyper, backend)
     torch.library.opcheck(torch.ops.pecker_fast.masked_adamw_, arguments)
 
 
+# -- on a GPU ------------------------------------------------------------------------------------
+
+GPU_BACKENDS = ["cuda", "triton"]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["reference", "cuda"])
+@pytest.mark.parametrize("backend", ["reference", *GPU_BACKENDS])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("n", SIZES)
 def test_on_a_gpu(backend, settings, n):
@@ -196,8 +203,68 @@ def test_on_a_gpu(backend, settings, n):
     grads = [torch.randn(n) for _ in range(3)]
     truth = truth_of(state, grads, settings)
     plain = run(clone(state), grads, settings, "reference")
-    moved = {name: None if b is None else b.cuda() for name, b in clone(state).items()}
-    got = run(moved, [grad.cuda() for grad in grads], settings, backend)
+    got = run(clone(state, "cuda"), [grad.cuda() for grad in grads], settings, backend)
     for name, expected in truth.items():
         if expected is not None:
             assert_within_budget(got[name].cpu(), expected, plain[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("n", [*SIZES, 1_000_003])
+def test_a_gpu_gives_the_bits_of_the_cpu(backend, on_device, settings, n):
+    state, grads = buffers(n, settings), gradients(n)
+    expected = run(clone(state), grads, settings, "reference")
+    got = run(clone(state, "cuda"), [g.cuda() for g in grads], settings, backend, on_device=on_device)
+    assert_same_bits(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("block", ["row", (64, 64), "element"])
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize("dtypes", [*[[dtype] for dtype in DTYPES], DTYPES], ids=str)
+def test_the_scatter_on_a_gpu(backend, block, density, dtypes):
+    model = Model([(600, 500), (70, 91), (128, 65, 3, 3), (1024,), (300, 700)], block, density, dtypes, "cuda")
+    settings, n = {"beta1": 0.0}, model.numel
+    state, grads = buffers(n, settings), gradients(n, 1)
+    expected = run(clone(state), grads, settings, "reference")
+    got = run(clone(state, "cuda"), [grads[0].cuda()], settings, backend, scatter=model.table)
+    assert_same_bits(got, expected)
+    model.check(got["value"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("shift", [1, 2, 3])
+def test_unaligned_buffers_on_a_gpu(backend, shift):
+    settings, n = SETTINGS[7], 5000
+    state, grads = buffers(n, settings), gradients(n)
+    expected = run(clone(state), grads, settings, "reference")
+    moved = {name: torch.cat([b[:shift], b]).cuda()[shift:] for name, b in state.items()}
+    assert_same_bits(run(moved, [g.cuda() for g in grads], settings, backend), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("on_device, launches", [(False, 1), (True, None)])
+def test_a_step_is_one_launch_and_waits_for_nothing(backend, on_device, launches):
+    model = Model([(600, 500), (70, 91), (128, 65, 3, 3)], "row", 0.3, DTYPES, "cuda")
+    settings, n = SETTINGS[7], model.numel
+    state, grads = clone(buffers(n, settings), "cuda"), [torch.randn(n, device="cuda")]
+    numbers = {"step": torch.ones((), device="cuda"), "lr": torch.full((), 0.1, device="cuda")} if on_device else {}
+    run(state, grads, settings, backend, scatter=model.table, **numbers)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run(state, grads, settings, backend, scatter=model.table, **numbers)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert sum("masked_adamw" in name for name in kernels) == 1
+    if backend == "cuda":
+        launches = 2 if on_device else 1  # the constants, then the step
+    assert launches is None or len(kernels) == launches, kernels

@@ -1,0 +1,136 @@
+"""The CUDA kernels of masked_adamw and scatter, compiled as C++ and run on the CPU: everything but speed and the device's arithmetic."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from adamw import DTYPES, SETTINGS, Model, assert_same_bits, buffers, clone, gradients, run
+
+from pecker_fast.scatter import native_table
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+LAUNCH = re.compile(r"(\w+)<<<(.+?), (\w+), 0, (.+?)>>>\(", re.DOTALL)
+ENTRY = """
+extern "C" void step(const pecker::AdamwBuffers* b, const pecker::AdamwSettings* s,
+                     const pecker::AdamwDeviceNumbers* n, const pecker::ScatterTable* t) {
+  pecker::masked_adamw_cuda(*b, *s, *n, *t, 0);
+}
+extern "C" void scatter(const float* value, std::int64_t numel, const pecker::ScatterTable* t) {
+  pecker::scatter_cuda(value, numel, *t, 0);
+}
+"""
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+def structure(**fields):
+    return type("Structure", (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+ADDRESS, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+BUFFERS = ("value", "grad", "exp_avg", "exp_avg_sq", "ema", "saliency")
+NUMBERS = ("lr", "beta1", "beta2", "eps", "weight_decay", "clip_value", "ema_decay")
+TABLE = ("dense_pointers", "dense_dtypes", "run_parameter", "run_dense_offset", "run_flat_offset", "tile_run")
+Buffers = structure(**dict.fromkeys(BUFFERS, ADDRESS), numel=INT)
+Settings = structure(step=INT, **dict.fromkeys(NUMBERS, DOUBLE), saliency_kind=ctypes.c_int32)
+DeviceNumbers = structure(step=ADDRESS, lr=ADDRESS, lr_is_double=ctypes.c_bool, constants=ADDRESS)
+Table = structure(**dict.fromkeys(TABLE, ADDRESS), num_parameters=INT, num_runs=INT)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cuda_on_host")
+    for path in (*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cu*")):
+        to = folder / path.relative_to(ROOT / "csrc")
+        to.parent.mkdir(exist_ok=True)
+        to.write_text(LAUNCH.sub(r"launch_on_host(\1, \2, \3)(", path.read_text()))
+    (folder / "all.cpp").write_text(f'#include "cuda/masked_adamw.cu"\n#include "cuda/scatter.cu"\n{ENTRY}')
+    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-shared"]
+    options += [f"-I{ROOT / 'tests' / 'cuda_on_host'}"]
+    subprocess.run([COMPILER, *options, folder / "all.cpp", "-o", folder / "all.so"], check=True)
+    return ctypes.CDLL(str(folder / "all.so"))
+
+
+def table_of(model):
+    return Table(**(native_table(model.table.tensors()) if model else {}))
+
+
+def steps(kernels, state, grads, settings, model=None, on_device=False):
+    settings = {"beta2": 0.999, "eps": 1e-8, "clip_value": math.inf, "lr": 1e-2} | settings
+    kind = ("signed_sum", "abs", "square").index(settings.pop("saliency_kind", "abs"))
+    for number, grad in enumerate(grads, 1):
+        addresses = {name: b.data_ptr() for name, b in (state | {"grad": grad}).items() if b is not None}
+        device = DeviceNumbers()
+        if on_device:
+            step, lr = torch.tensor(float(number)), torch.tensor(settings["lr"], dtype=torch.float64)
+            scratch = torch.full((12,), torch.nan)
+            device = DeviceNumbers(step.data_ptr(), lr.data_ptr(), True, scratch.data_ptr())
+        hyper = Settings(step=1 if on_device else number, saliency_kind=kind, **settings | {"lr": settings["lr"]})
+        if on_device:
+            hyper.lr = math.nan
+        b = Buffers(**addresses, numel=len(grad))
+        kernels.step(*map(ctypes.byref, (b, hyper, device, table_of(model))))
+    return state
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("n", [0, 1, 3, 1023, 1024, 1025, 5000])
+def test_the_step_has_the_bits_of_the_reference(kernels, settings, n, on_device):
+    state, grads = buffers(n, settings), gradients(n)
+    expected = run(clone(state), grads, settings, "reference")
+    assert_same_bits(steps(kernels, clone(state), grads, settings, on_device=on_device), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", ["row", (4, 3), "element"])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.4, 0.9, 1.0])
+def test_the_scatter_writes_the_active_weights_and_no_other_bit(kernels, dtype, block, density):
+    for stepped in (False, True):
+        model = Model([(40, 30), (7, 9), (64, 40), (4, 8, 3, 3)], block, density, [dtype, torch.float32])
+        n = model.numel
+        state = buffers(n, {"beta1": 0.0})
+        if stepped:
+            steps(kernels, state, gradients(n, 1), {"beta1": 0.0}, model)
+        else:
+            kernels.scatter(ADDRESS(state["value"].data_ptr()), INT(n), ctypes.byref(table_of(model)))
+        model.check(state["value"])
+
+
+def test_unaligned_buffers_go_element_by_element(kernels):
+    settings, n = SETTINGS[1], 2050
+    state, grads = buffers(n, settings), gradients(n)
+    expected = run(clone(state), grads, settings, "reference")
+    model = Model([(n // 50, 51)], "row", n / (n // 50 * 51), DTYPES[:1])
+    for name in ("value", "exp_avg_sq"):
+        moved = {
+            key: None if b is None else torch.cat([b[:1], b])[1:] if key == name else b.clone() for key, b in state.items()
+        }
+        assert moved[name].data_ptr() % 16
+        assert_same_bits(steps(kernels, moved, grads, settings), expected)
+    assert model.numel
+
+
+def test_random_masks(kernels):
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    for _ in range(1000):
+        shapes = [(pick(range(1, 70)), pick(range(1, 60))) for _ in range(pick([1, 2, 5]))]
+        density = pick([0.01, 0.1, 0.5, 0.9, 0.99])
+        model = Model(shapes, pick(["row", (4, 3), "element"]), density, [pick(DTYPES), pick(DTYPES)])
+        settings = pick(SETTINGS)
+        state, grads = buffers(model.numel, settings), gradients(model.numel, 1)
+        grads[0][::7] = pick([torch.nan, torch.inf, 0.0, 1e-30])
+        expected = run(clone(state), grads, settings, "reference")
+        assert_same_bits(steps(kernels, state, grads, settings, model, pick([False, True])), expected)
+        model.check(state["value"])
