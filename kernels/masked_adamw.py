@@ -188,7 +188,7 @@ def masked_adamw_(
         return
     kind = None if saliency is None else saliency_kind
     on_device = isinstance(of_this_step, Tensor)
-    numbers = (of_this_step.float(), 0.0, 0.0, 0.0) if on_device else (None, *of_this_step)
+    numbers = (of_this_step.float(), None, None, None) if on_device else (None, *of_this_step)
     with torch.cuda.device_of(value):
         masked_adamw_kernel[(programs,)](
             value, grad, exp_avg, exp_avg_sq, ema, saliency, value.numel(),
@@ -199,34 +199,48 @@ def masked_adamw_(
 
 
 BUFFERS = ("value_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "ema_ptr", "saliency_ptr")
-NUMBERS = ("decay", "step_size", "bias2_sqrt", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "clip_value")
+NUMBERS = (
+    "decay", "step_size", "bias2_sqrt", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "clip_value",
+    "one_minus_ema_decay",
+)  # fmt: skip
 TABLE = {
     "dense_pointers": "*i64", "dense_dtypes": "*i32", "run_parameter": "*i32",
     "run_dense_offset": "*i64", "run_flat_offset": "*i64", "tile_run": "*i64",
 }  # fmt: skip
 
 
-def _build(name: str, registers: int, without: Sequence[str] = (), dtypes: int = 1, numel: str = "i32") -> Build:
-    """A configuration without some arguments; numel is odd, which must not cost the wide accesses."""
-    signature = {buffer: "*fp32" for buffer in BUFFERS} | {"numel": numel, "device_numbers": "*fp32"}
-    signature |= {number: "fp32" for number in (*NUMBERS, "one_minus_ema_decay")} | TABLE
+def _build(name: str, registers: int, *without: str, dtypes: int = 1, numel: str = "i32") -> Build:
+    """A configuration without some of the arguments. Nothing is said of the length, which accesses do not depend on."""
+    signature = dict.fromkeys(BUFFERS, "*fp32") | {"numel": numel, "device_numbers": "*fp32"}
+    signature |= dict.fromkeys(NUMBERS, "fp32") | TABLE
     signature = {argument: kind for argument, kind in signature.items() if argument not in without}
+    kind = None if "saliency_ptr" in without else "abs"
     return Build(
         name,
         masked_adamw_kernel,
         signature,
-        {argument: None for argument in without} | {"KIND": "abs", "DTYPES": dtypes},
+        dict.fromkeys(without) | {"KIND": kind, "DTYPES": dtypes},
         aligned=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
         num_warps=NUM_WARPS,
         registers=registers,
+        shared_bytes=8 * TILE.value,  # addresses and values change hands before the scatter
         wide_accesses=True,
         options=OPTIONS,
     )
 
 
+# A multiprocessor has room for three programs of up to 80 registers, for two of up to 128: 40 KiB or more on their way.
 BUILDS = [
-    _build("all", 80, ["device_numbers"]),
-    _build("adamw", 64, ["ema_ptr", "saliency_ptr", "device_numbers"]),
-    _build("adamw_bf16", 64, ["ema_ptr", "saliency_ptr", "device_numbers"], 2),
-    _build("adamw_mix", 64, ["ema_ptr", "saliency_ptr", "device_numbers"], 15),
+    _build("beta1=0", 80, "exp_avg_ptr", "ema_ptr", "saliency_ptr", "device_numbers"),
+    _build("beta1=0, ema", 96, "exp_avg_ptr", "saliency_ptr", "device_numbers"),
+    _build("beta1=0, saliency", 96, "exp_avg_ptr", "ema_ptr", "device_numbers"),
+    _build("beta1=0, ema, saliency", 112, "exp_avg_ptr", "device_numbers"),
+    _build("adamw", 96, "ema_ptr", "saliency_ptr", "device_numbers"),
+    _build("adamw, ema", 112, "saliency_ptr", "device_numbers"),
+    _build("adamw, saliency", 112, "ema_ptr", "device_numbers"),
+    _build("adamw, ema, saliency", 128, "device_numbers"),
+    _build("adamw, numbers in device memory", 96, "ema_ptr", "saliency_ptr", *NUMBERS[:3]),
+    _build("adamw, nothing to scatter", 40, "ema_ptr", "saliency_ptr", "device_numbers", *TABLE, dtypes=0),
+    _build("adamw, bfloat16", 96, "ema_ptr", "saliency_ptr", "device_numbers", dtypes=2),
+    _build("adamw, all dtypes, 2^31 weights", 96, "ema_ptr", "saliency_ptr", "device_numbers", dtypes=15, numel="i64"),
 ]

@@ -144,7 +144,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             raise RuntimeError("MaskedAdamW: the mask was changed without this optimizer; give it to change_mask too")
         if active.values.is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "MaskedAdamW: a CUDA graph would repeat the step with this number for ever; make it with capturable=True"
+                "MaskedAdamW: a CUDA graph would repeat the step of this one number; make it with capturable=True"
             )
         active.bind_()
         active.check_gradients()

@@ -92,7 +92,7 @@ def assert_same_bits(got: State, expected: State) -> None:
 
 
 class Model:
-    """Dense weights of several dtypes, a mask of each, and the table of both; one weight may be a view of the buffer."""
+    """Dense weights of several dtypes, a mask of each, and their table; at density 1 one is a view of the buffer."""
 
     def __init__(
         self, shapes: list[tuple[int, ...]], block: Any, density: float, dtypes: list[torch.dtype], device: str = "cpu"

@@ -1,4 +1,4 @@
-"""The CUDA kernels of masked_adamw and scatter, compiled as C++ and run on the CPU: everything but speed and the device's arithmetic."""
+"""The CUDA kernels of masked_adamw and scatter, compiled as C++ and run on the CPU: what needs no GPU to be tested."""
 
 from __future__ import annotations
 
@@ -63,20 +63,18 @@ def table_of(model):
 
 
 def steps(kernels, state, grads, settings, model=None, on_device=False):
-    settings = {"beta2": 0.999, "eps": 1e-8, "clip_value": math.inf, "lr": 1e-2} | settings
+    settings = {"beta2": 0.999, "eps": 1e-8, "clip_value": math.inf} | settings
     kind = ("signed_sum", "abs", "square").index(settings.pop("saliency_kind", "abs"))
+    step, lr, constants = torch.tensor(0.0), torch.tensor(1e-2, dtype=torch.float64), torch.full((12,), torch.nan)
+    numbers = DeviceNumbers()
+    if on_device:
+        numbers = DeviceNumbers(step.data_ptr(), lr.data_ptr(), True, constants.data_ptr())
     for number, grad in enumerate(grads, 1):
+        step += 1
         addresses = {name: b.data_ptr() for name, b in (state | {"grad": grad}).items() if b is not None}
-        device = DeviceNumbers()
-        if on_device:
-            step, lr = torch.tensor(float(number)), torch.tensor(settings["lr"], dtype=torch.float64)
-            scratch = torch.full((12,), torch.nan)
-            device = DeviceNumbers(step.data_ptr(), lr.data_ptr(), True, scratch.data_ptr())
-        hyper = Settings(step=1 if on_device else number, saliency_kind=kind, **settings | {"lr": settings["lr"]})
-        if on_device:
-            hyper.lr = math.nan
-        b = Buffers(**addresses, numel=len(grad))
-        kernels.step(*map(ctypes.byref, (b, hyper, device, table_of(model))))
+        hyper = {"step": -1, "lr": math.nan} if on_device else {"step": number, "lr": 1e-2}
+        arguments = Buffers(**addresses, numel=len(grad)), Settings(**hyper, **settings, saliency_kind=kind), numbers
+        kernels.step(*map(ctypes.byref, (*arguments, table_of(model))))
     return state
 
 
@@ -105,17 +103,15 @@ def test_the_scatter_writes_the_active_weights_and_no_other_bit(kernels, dtype, 
 
 
 def test_unaligned_buffers_go_element_by_element(kernels):
-    settings, n = SETTINGS[1], 2050
+    model = Model([(41, 51), (200,)], "row", 0.7, DTYPES)
+    settings, n = SETTINGS[1], model.numel
     state, grads = buffers(n, settings), gradients(n)
     expected = run(clone(state), grads, settings, "reference")
-    model = Model([(n // 50, 51)], "row", n / (n // 50 * 51), DTYPES[:1])
     for name in ("value", "exp_avg_sq"):
-        moved = {
-            key: None if b is None else torch.cat([b[:1], b])[1:] if key == name else b.clone() for key, b in state.items()
-        }
+        moved = clone(state) | {name: torch.cat([state[name][:1], state[name]])[1:]}
         assert moved[name].data_ptr() % 16
-        assert_same_bits(steps(kernels, moved, grads, settings), expected)
-    assert model.numel
+        assert_same_bits(steps(kernels, moved, grads, settings, model), expected)
+        model.check(moved["value"])
 
 
 def test_random_masks(kernels):

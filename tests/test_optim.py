@@ -273,45 +273,51 @@ def on_gpu(backend, **settings):
 
 @pytest.mark.gpu
 @GPU_BACKENDS
-def test_a_captured_step_follows_the_count_and_the_learning_rate(backend):
+@pytest.mark.parametrize("with_backward", [False, True])
+def test_a_captured_step_follows_the_count_and_the_learning_rate(backend, with_backward):
     settings = {"betas": (0.9, 0.99), "ema_decay": 0.9, "weight_decay": 0.1, "clip_value": 0.5, "capturable": True}
     x = torch.randn(2, 3, 8, 8, device="cuda")
-    runs = []
-    for _ in ("captured", "eager"):
-        model, active, opt = on_gpu(backend, **settings)
+    captured, eager = (on_gpu(backend, **settings) for _ in range(2))
+    for _, active, opt in (captured, eager):
         opt.param_groups[0]["lr"] = torch.full((), 0.01, device="cuda")
-        runs.append((model, active, opt))
+        active.zero_grad()
+        for parameter in active.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        active.bind_()
 
-    def step(model, opt):
-        opt.zero_grad()
-        model(x).square().mean().backward()
+    def step(model, active, opt):
+        if with_backward:
+            opt.zero_grad()
+            model(x).square().mean().backward()
         opt.step()
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for model, _, opt in runs:
-            step(model, opt)
-            step(model, opt)
+        for run in (captured, eager):
+            step(*run)
+            step(*run)
     torch.cuda.current_stream().wait_stream(side)
-    (model, active, opt), (eager_model, eager_active, eager) = runs
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(model, opt)
+        step(*captured)
     rates = [0.01, 0.003, 0.02, 0.01, 0.005]
     for rate in rates:
         x.copy_(torch.randn_like(x))
-        opt.param_groups[0]["lr"].fill_(rate)
-        eager.param_groups[0]["lr"].fill_(rate)
-        before = active.values.clone()
+        grads = torch.randn_like(captured[1].grads)
+        before = captured[1].values.clone()
+        for _, active, opt in (captured, eager):
+            opt.param_groups[0]["lr"].fill_(rate)
+            if not with_backward:
+                active.grads.copy_(grads)
         graph.replay()
-        step(eager_model, eager)
-        assert torch.equal(active.values, eager_active.values) and not torch.equal(active.values, before)
-        for name, weight in eager_model.named_parameters():
-            assert torch.equal(model.get_parameter(name), weight), name
-    (state,) = opt.state.values()
+        step(*eager)
+        assert torch.equal(captured[1].values, eager[1].values) and not torch.equal(captured[1].values, before)
+        for name, weight in eager[0].named_parameters():
+            assert torch.equal(captured[0].get_parameter(name), weight), name
+    (state,) = captured[2].state.values()
     assert float(state["step"]) == 2 + len(rates)
-    assert torch.equal(active.ema, eager_active.ema)
+    assert torch.equal(captured[1].ema, eager[1].ema)
 
 
 @pytest.mark.gpu
@@ -337,8 +343,11 @@ def test_a_step_waits_for_nothing(backend, capturable):
     model, _, opt = on_gpu(backend, capturable=capturable, ema_decay=0.9, saliency="abs")
     batches = [x.cuda() for x in BATCHES]
     train(model, opt, batches[:1])
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        train(model, opt, batches[1:])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for x in batches[1:]:
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            opt.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

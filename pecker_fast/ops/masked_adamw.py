@@ -51,9 +51,10 @@ def masked_adamw_(
         ema += (1 - ema_decay) * (value - ema)
         scatter.scatter_(value)
 
-    The same order of float32 operations in every backend: on the CPU they give the same bits. ``step`` and ``lr`` may be
+    The same order of float32 operations in every backend, so that they give the same bits. ``step`` and ``lr`` may be
     tensors, which are read where they are: nothing waits for the device, and a captured CUDA graph finds at every
-    replay what they hold then. All other numbers stay those of the capture.
+    replay what they hold then (all other numbers stay those of the capture). What follows from them is computed there
+    in double and rounded to float32, which all but always hides in which last bits a GPU's power differs.
 
     Args:
         value: Active weights, float32 (or float64, by the reference alone) (n,), contiguous. Changed.
@@ -150,8 +151,8 @@ class Step(NamedTuple):
     def of_this_step(self) -> tuple[Any, Any, Any]:
         """What changes from step to step: 1 - lr * weight_decay, lr / (1 - beta1^t), sqrt(1 - beta2^t).
 
-        Numbers, or float64 tensors () where they depend on a tensor: in double, because 1 - beta2^t loses all its digits
-        in float when beta2 is near 1.
+        Numbers, or float64 tensors () where they depend on a tensor: in double, because 1 - beta2^t loses all its
+        digits in float when beta2 is near 1.
         """
         t: Any = self.step if self.step_tensor is None else self.step_tensor.double()
         lr: Any = self.lr if self.lr_tensor is None else self.lr_tensor.double()

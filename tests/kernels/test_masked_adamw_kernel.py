@@ -67,6 +67,7 @@ def test_a_model_of_all_dtypes(block):
     check({"beta1": 0.9, "ema_decay": 0.9}, model.numel, model=model)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_many_random_cases():
     generator = torch.Generator().manual_seed(0)
 
@@ -92,6 +93,14 @@ def test_nan_gradients_stay_visible():
     )
     assert value.isnan().nonzero().flatten().tolist() == [7]
     assert sum(int(d.isnan().sum()) for d in model.dense) == 1
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_opcheck(on_device):
+    tensors = (torch.ones((), device=DEVICE), torch.ones((), device=DEVICE)) if on_device else (None, None)
+    state = [torch.rand(9, device=DEVICE) for _ in range(6)]
+    hyper = (1, 0.1, 0.9, 0.99, 1e-8, 0.0, 1.0, 0.0, "abs")
+    torch.library.opcheck(torch.ops.pecker_fast.masked_adamw_, (*state, [], 0, *tensors, *hyper, "triton"))
 
 
 def test_more_tiles_than_a_grid_has_are_refused():
