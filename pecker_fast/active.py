@@ -60,6 +60,7 @@ class ActiveParameters(FlatStore):
         self._agreed: tuple[BlockMask, object] | None = None
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._trained: set[str] = set()
+        self._all_trained = False
         super().__init__(model, mask, layers, frozenset(adopted))
         step_hooks.watch(self)
 
@@ -79,9 +80,10 @@ class ActiveParameters(FlatStore):
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clear the gradients: the flat buffer at once, or every ``p.grad`` to None."""
-        for _, parameter in self._entries_parameters():
-            parameter.grad = None if set_to_none else parameter.grad
-        if not set_to_none:
+        if set_to_none:
+            for parameter in self.parameters():
+                parameter.grad = None
+        else:
             self.bind_()
             self.grads.zero_()
 
@@ -91,6 +93,8 @@ class ActiveParameters(FlatStore):
         Raises:
             RuntimeError: Their module's forward does not use them, so they would only decay.
         """
+        if self._all_trained and self._seal is not None and self._seal.has_all_grads:
+            return  # bind_() has just looked at every one
         never = []
         for entry, parameter in self._entries_parameters():
             if parameter.grad is not None:
@@ -99,6 +103,7 @@ class ActiveParameters(FlatStore):
                 never.append(entry.name)
             else:
                 self._view(self.grads, entry).zero_()  # no gradient this time: the buffer still holds an old one
+        self._all_trained = len(self._trained) == len(self._entries)
         if never:
             raise RuntimeError(
                 f"{len(never)} active weights have never had a gradient: {', '.join(never[:3])}. Either backward() was "
@@ -265,7 +270,7 @@ class ActiveParameters(FlatStore):
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses and modules of the model that this is a copy of would outlive it.
-        return self.__dict__ | {"_table": None, "_table_key": (), "_owners": {}, "_views": [], "_agreed": None}
+        return self.__dict__ | {"_table": None, "_seal": None, "_owners": {}, "_views": [], "_agreed": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -14,6 +14,7 @@ from pecker_fast.layout import Entry, lay_out
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE
 from pecker_fast.scatter import ScatterTable, Target
+from pecker_fast.seal import Seal, Slot
 
 
 class FlatStore:
@@ -43,7 +44,7 @@ class FlatStore:
         self._owners: dict[str, nn.Module] = {}
         self._views: list[tuple[Tensor, Tensor]] = []
         self._table: ScatterTable | None = None
-        self._table_key: tuple[object, ...] = ()
+        self._seal: Seal | None = None
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in self._adopted)
             parameter.grad = None  # an optimizer would apply it, frozen or not
@@ -103,14 +104,17 @@ class FlatStore:
             yield entry.name, cast(nn.Parameter, dense), cast(nn.Parameter, held.get(entry.own + SUFFIX, dense))
 
     def _entries_parameters(self) -> Iterator[tuple[Entry, nn.Parameter]]:
+        self._check_installed()
+        for entry in self._entries:
+            parameter = self._module(entry)._parameters[entry.own if entry.adopted else entry.own + SUFFIX]
+            yield entry, cast(nn.Parameter, parameter)
+
+    def _check_installed(self) -> None:
         if self.model.__dict__.get(STORE) is not self:  # the model may have another store by now
             raise RuntimeError(
                 f"the mask of this {type(self.model).__name__} was removed, and its active parameters with it; "
                 f"ActiveParameters.of(model) is the store that a model has now"
             )
-        for entry in self._entries:
-            parameter = self._module(entry)._parameters[entry.own if entry.adopted else entry.own + SUFFIX]
-            yield entry, cast(nn.Parameter, parameter)
 
     def _dense(self, entry: Entry) -> nn.Parameter:
         return cast(nn.Parameter, self._module(entry)._parameters[entry.own])
@@ -143,8 +147,19 @@ class FlatStore:
         Cheap where nothing was replaced: it compares addresses. ``zero_grad(set_to_none=True)``, ``deepcopy``,
         ``.to(device)`` and DDP's ``gradient_as_bucket_view`` all replace them.
         """
+        self._check_installed()
+        if self._seal is not None and self._seal.tensors_hold():
+            if self._seal.grads_hold():
+                return
+        else:
+            self._bind_values()
+        self._bind_grads()
+        self._seal = Seal(self._slots(), trained=len(self._entries))
+
+    def _bind_values(self) -> None:
         self._follow_device()
-        for (entry, parameter), (value, grad) in zip(self._entries_parameters(), self._all_views(), strict=True):
+        self._table = None
+        for (entry, parameter), (value, _) in zip(self._entries_parameters(), self._all_views(), strict=True):
             if parameter.dtype != self.values.dtype:
                 raise RuntimeError(
                     f"{entry.name} trains dense and was converted to {parameter.dtype}; convert the model before "
@@ -153,12 +168,29 @@ class FlatStore:
             if not _same_place(parameter, value):
                 value.copy_(parameter.data)
                 parameter.data = value
-            if parameter.grad is not None and not _same_place(parameter.grad, grad):
-                grad.copy_(parameter.grad)
-                parameter.grad = grad
             dense = self._dense(entry)
             if self._aliases(entry, dense) and not _same_place(dense, value):
                 dense.data = value
+
+    def _bind_grads(self) -> None:
+        """Gradients that are no views are copied together, in one launch or a few: there may be hundreds."""
+        views, strays, owners = [], [], []
+        for (_, parameter), (_, view) in zip(self._entries_parameters(), self._all_views(), strict=True):
+            if parameter.grad is not None and not _same_place(parameter.grad, view):
+                views.append(view)
+                strays.append(parameter.grad)
+                owners.append(parameter)
+        if strays:
+            torch._foreach_copy_(views, strays)
+        for parameter, view in zip(owners, views, strict=True):
+            parameter.grad = view
+
+    def _slots(self) -> list[Slot]:
+        """Where modules hold the active parameters, and then the dense weights."""
+        held = [self._module(entry)._parameters for entry in self._entries]
+        active = [entry.own if entry.adopted else entry.own + SUFFIX for entry in self._entries]
+        dense = [entry.own for entry in self._entries]
+        return [*zip(held, active, strict=True), *zip(held, dense, strict=True)]
 
     def _aliases(self, entry: Entry, dense: Tensor) -> bool:
         """Whether the dense weight can be a view of the buffer: nothing to scatter then."""
@@ -173,15 +205,15 @@ class FlatStore:
     # -- into the dense weights --------------------------------------------------------------------
 
     def scatter_table(self) -> ScatterTable:
-        """Where the buffer goes in the dense weights, as they lie now."""
-        pairs = [(entry, self._dense(entry)) for entry in self._entries]
-        key = tuple((dense.data_ptr(), dense.dtype, dense.stride()) for _, dense in pairs)
-        if self._table is None or key != self._table_key:
+        """Where the buffer goes in the dense weights, as ``bind_()`` last found them."""
+        if self._table is None:
+            self.bind_()
+            pairs = [(entry, self._dense(entry)) for entry in self._entries]
             targets = [
                 Target(e.mask, None if e.adopted or self._aliases(e, d) else d.detach(), e.channels_last)
                 for e, d in pairs
             ]
-            self._table, self._table_key = ScatterTable(targets, self.values.device), key
+            self._table = ScatterTable(targets, self.values.device)
         return self._table
 
     @torch.no_grad()
@@ -193,7 +225,9 @@ class FlatStore:
 
     def bump_versions(self) -> None:
         """Tell autograd that dense weights changed, so that a stale backward raises instead of mixing two states."""
-        torch.autograd.graph.increment_version([self._dense(entry) for entry in self._entries])
+        if self._seal is None:
+            self.bind_()
+        torch.autograd.graph.increment_version(cast(Seal, self._seal).others)
 
     def to_dense(self, flat: Tensor, name: str) -> Tensor:
         """One weight's stretch of a flat buffer (``values``, ``grads``, ``ema``) as a dense tensor, zero elsewhere.

@@ -9,7 +9,7 @@ import pecker_fast
 
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
-    ["errors", "native", "step_hooks", "frozen_channels", "once"],
+    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
     ["checkpoint", "blocks", "data"],
     ["config", "distributed", "scatter", "schedule"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores"],
