@@ -1,35 +1,23 @@
 // The native module on one page. Addresses and sizes go in, so the module links no torch. The Python ops
 // check shapes and devices; here only what would be unsafe is checked again.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <array>
 #include <limits>
-#include <stdexcept>
 
 #include "accumulate_saliency.h"
 #include "cpu/isa.h"
 #include "masked_adamw.h"
 #include "scatter.h"
 #include "shifted_rows.h"
-#include "select_threshold.h"
 
 namespace py = pybind11;
 using namespace py::literals;
 
 namespace pecker {
 namespace {
-
-using Address = std::uintptr_t;
-
-void check(bool holds, const char* message) {
-  if (!holds) throw std::invalid_argument(message);
-}
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 SaliencyKind checked_kind(int kind) {
   check(0 <= kind && kind < kSaliencyKinds,
@@ -152,31 +140,6 @@ void checked_scatter_cuda(const float* value, std::int64_t numel, const ScatterT
 }
 #endif
 
-template <typename Float>
-std::pair<double, std::int64_t> selected(const std::vector<SelectArray>& arrays, std::int64_t k,
-                                         int threads) {
-  const Selected found = select_threshold_cpu<Float>(arrays, k, threads);
-  return {value_of<Float>(static_cast<Key<Float>>(found.key)), found.ties};
-}
-
-std::pair<double, std::int64_t> checked_select_threshold(const std::vector<Address>& addresses,
-                                                         const std::vector<std::int64_t>& numels,
-                                                         bool is_double, std::int64_t k, int threads) {
-  check(threads >= 1, "expected threads >= 1");
-  check(addresses.size() == numels.size(), "expected as many numels as addresses");
-  std::vector<SelectArray> arrays;
-  std::int64_t numel = 0;
-  for (std::size_t i = 0; i < addresses.size(); ++i) {
-    check(numels[i] >= 0, "expected numels >= 0");
-    check(numels[i] <= std::numeric_limits<std::int64_t>::max() - numel, "expected fewer values in all");
-    check(numels[i] == 0 || addresses[i], "expected the address of every array that has values");
-    arrays.push_back({at<void>(addresses[i]), numels[i]});
-    numel += numels[i];
-  }
-  check(1 <= k && k <= numel, "expected k from 1 to the number of values");
-  return is_double ? selected<double>(arrays, k, threads) : selected<float>(arrays, k, threads);
-}
-
 SaliencyGrad saliency_grad(Address grad, int dtype, int kind) {
   check(0 <= dtype && dtype < kDenseDtypes,
         "expected grad_dtype of 0 (float32), 1 (bfloat16), 2 (float16) or 3 (float64)");
@@ -254,10 +217,7 @@ be 0.)";
                    "threads"_a);
   def_scatter(m, "scatter_cpu", "Copies a flat buffer to the dense tensors.", "threads"_a,
               checked_scatter_cpu);
-  m.def("select_threshold_cpu", checked_select_threshold,
-        "The k-th largest value of arrays of float (or double), and how many equal to it are among the k.",
-        py::call_guard<py::gil_scoped_release>(), py::kw_only(), "addresses"_a, "numels"_a, "is_double"_a,
-        "k"_a, "threads"_a);
+  bind_select(m);
   m.def("accumulate_saliency_cpu", checked_accumulate,
         "Adds a gradient, its magnitude or its square to a running saliency of the same layout.",
         py::call_guard<py::gil_scoped_release>(), py::kw_only(), "total"_a, "total_is_double"_a, "grad"_a,

@@ -49,8 +49,43 @@ PECKER_HOST_DEVICE Float value_of(Key<Float> key) {
   return x;
 }
 
+// One digit of the keys that agree in all higher digits.
+struct RadixPass {
+  int shift;             // the digit's lowest bit
+  int bits;              // at most 16
+  std::uint64_t prefix;  // the higher digits
+};
+
+// Of a key that is shifted down to the digit's lowest bit.
+template <typename Key>
+PECKER_HOST_DEVICE bool has_prefix(Key shifted, int bits, Key prefix) {
+  return shifted >> bits == prefix;
+}
+
+template <typename Key>
+PECKER_HOST_DEVICE Key digit_of(Key shifted, int bits) {
+  return shifted & ((Key{1} << bits) - 1);
+}
+
+// Whether the k-th largest is one of `count` keys, where `above` keys are larger than all of them.
+PECKER_HOST_DEVICE bool holds_rank(std::uint64_t above, std::uint64_t count, std::uint64_t k) {
+  return above < k && k <= above + count;
+}
+
 // Needs 1 <= k <= number of values. The same for every number of threads: only integers are added up.
 template <typename Float>
 Selected select_threshold_cpu(const std::vector<SelectArray>& arrays, std::int64_t k, int threads);
+
+// Where the GPU leaves what it found: nothing comes back to the host.
+struct SelectOutput {
+  void* threshold;     // [1] float or double
+  std::int64_t* ties;  // [1]
+};
+
+// The arrays, the outputs and the workspace are in the current device's memory, the stream is its.
+template <typename Float>
+void select_threshold_cuda(const std::vector<SelectArray>& arrays, std::int64_t k, const SelectOutput& output,
+                           void* workspace, std::uintptr_t stream);
+std::int64_t select_workspace_bytes(std::int64_t num_arrays);
 
 }  // namespace pecker

@@ -21,6 +21,7 @@ class Build:
         tensor_cores: Whether the products must be on tensor cores: ``wgmma`` from sm_90 on, ``mma.sync`` on sm_80.
         async_copies: Whether loads must be 16-byte ``cp.async``.
         wide_accesses: Whether global loads and stores must be of 16 bytes a thread.
+        wide_loads: The same of loads alone, where little is stored.
         options: Further options of the compiler.
         options_sm_90: Those for sm_90 and newer alone.
     """
@@ -37,5 +38,6 @@ class Build:
     tensor_cores: bool = False
     async_copies: bool = False
     wide_accesses: bool = False
+    wide_loads: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     options_sm_90: dict[str, Any] = field(default_factory=dict)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.ops.compact_active import compact_active
 from pecker_fast.ops.select_threshold import select_threshold
 
 Scope: TypeAlias = Literal["global", "layer"]
@@ -35,8 +36,9 @@ def select_blocks(
     forbidden = forbidden or {}
     if all(grid.block == (1, 1) and grid.view[2] == 1 for grid in grids.values()):
         return _select_elements(saliency, grids, max(budget, 1), forbidden)
+    device = _device_of([saliency[name] for name in grids])
     means = {
-        name: grid.block_sums(saliency[name].detach().cpu().double()) / grid.block_numel().clamp(min=1)
+        name: grid.block_sums(saliency[name].detach().to(device).double()).cpu() / grid.block_numel().clamp(min=1)
         for name, grid in grids.items()
     }
     return select_ranked(means, grids, budget, forbidden=forbidden)
@@ -77,26 +79,26 @@ def select_ranked(
 def _select_elements(
     saliency: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], budget: int, forbidden: Mapping[str, Tensor]
 ) -> dict[str, ParameterMask]:
-    """Single weights: a threshold instead of a sort, and as many of its ties as still fit."""
-    values = {name: saliency[name].detach().cpu().float() for name in grids}
+    """Single weights: a threshold instead of a sort, then the positions of what is above it and of its first ties."""
+    device = _device_of([saliency[name] for name in grids])
+    values = {name: saliency[name].detach().to(device).float() for name in grids}
     for name, barred in forbidden.items():
         if name in values:
-            values[name] = values[name].masked_fill(barred.view(values[name].shape), -torch.inf)
+            values[name] = values[name].masked_fill(barred.view(values[name].shape).to(device), -torch.inf)
     allowed = sum(v.numel() - int(_barred(name, grids[name], forbidden).sum()) for name, v in values.items())
     if not allowed:
         return {name: ParameterMask(grid, torch.zeros(0, dtype=torch.int64)) for name, grid in grids.items()}
-    threshold, ties = select_threshold(list(values.values()), min(budget, allowed))
-    left = int(ties)
-    selected: dict[str, ParameterMask] = {}
-    for name, grid in grids.items():
-        # Flattened as booleans: saliency that lies channels-last is never copied.
-        chosen = (values[name] > threshold).reshape(-1)
-        if left:
-            equal = (values[name] == threshold).reshape(-1).nonzero().flatten()[:left]
-            left -= len(equal)
-            chosen[equal] = True
-        selected[name] = ParameterMask(grid, chosen.nonzero().flatten())
-    return selected
+    k = min(budget, allowed)
+    threshold, ties = select_threshold(list(values.values()), k)
+    index, offsets = compact_active(list(values.values()), threshold, ties, k)
+    pieces = index.cpu().split(offsets.diff().tolist())
+    return {name: ParameterMask(grid, piece) for (name, grid), piece in zip(grids.items(), pieces, strict=True)}
+
+
+def _device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """Where to rank them: the one GPU that has all, so that only the resulting lists travel; else the CPU."""
+    devices = {tensor.device for tensor in tensors}
+    return devices.pop() if len(devices) == 1 and all(d.type == "cuda" for d in devices) else torch.device("cpu")
 
 
 def select_in_scope(

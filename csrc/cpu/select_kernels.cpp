@@ -14,7 +14,7 @@ PECKER_HOST_DEVICE std::int64_t keep_matches(Key* keys, std::int64_t n, const Ra
   for (std::int64_t i = 0; i < n; ++i) {
     const Key key = keys[i];
     keys[kept] = key;
-    kept += key >> pass.bits == pass.prefix;
+    kept += has_prefix(key, pass.bits, static_cast<Key>(pass.prefix));
   }
   return kept;
 }
@@ -23,15 +23,14 @@ template <typename Key>
 PECKER_HOST_DEVICE void count_digits(const Key* keys, std::int64_t n, int bits, std::uint32_t* counts) {
   static_assert(kHistograms == 4, "the loop below is unrolled by hand");
   const std::int64_t bins = std::int64_t{1} << bits;
-  const Key mask = static_cast<Key>(bins - 1);
   std::int64_t i = 0;
   for (; i + kHistograms <= n; i += kHistograms) {
-    ++counts[keys[i] & mask];
-    ++counts[bins + (keys[i + 1] & mask)];
-    ++counts[2 * bins + (keys[i + 2] & mask)];
-    ++counts[3 * bins + (keys[i + 3] & mask)];
+    ++counts[digit_of(keys[i], bits)];
+    ++counts[bins + digit_of(keys[i + 1], bits)];
+    ++counts[2 * bins + digit_of(keys[i + 2], bits)];
+    ++counts[3 * bins + digit_of(keys[i + 3], bits)];
   }
-  for (; i < n; ++i) ++counts[keys[i] & mask];
+  for (; i < n; ++i) ++counts[digit_of(keys[i], bits)];
 }
 
 // Always inlined, so that n is a constant for all blocks but the last.
@@ -42,7 +41,7 @@ PECKER_HOST_DEVICE void count_block(const Float* values, std::int64_t n, const R
   const Key<Float> prefix = static_cast<Key<Float>>(pass.prefix);
   for (std::int64_t i = 0; i < n; ++i) {
     keys[i] = key_of(values[i]) >> pass.shift;
-    matches += keys[i] >> pass.bits == prefix;
+    matches += has_prefix(keys[i], pass.bits, prefix);
   }
   if (matches == 0) return;
   const bool all = matches == static_cast<Key<Float>>(n);

@@ -3,14 +3,9 @@
 
 #include <cstdint>
 
-namespace pecker {
+#include "../select_threshold.h"
 
-// One digit of the keys that agree in all higher digits.
-struct RadixPass {
-  int shift;             // the digit's lowest bit
-  int bits;              // at most 16
-  std::uint64_t prefix;  // the higher digits
-};
+namespace pecker {
 
 // Counts are kept in this many histograms side by side, so that equal neighbours do not wait for one another.
 constexpr int kHistograms = 4;

@@ -4,6 +4,7 @@ Ops know tensors and blocks; they know nothing of modules or optimizers.
 """
 
 from pecker_fast.ops.accumulate_saliency import accumulate_saliency_
+from pecker_fast.ops.compact_active import compact_active
 from pecker_fast.ops.dispatch import OPS, backends, use_backend
 from pecker_fast.ops.masked_adamw import masked_adamw_
 from pecker_fast.ops.masked_weight_grad import masked_weight_grad
@@ -16,6 +17,7 @@ __all__ = [
     "accumulate_saliency_",
     "accumulate_weight_grad_",
     "backends",
+    "compact_active",
     "masked_adamw_",
     "masked_weight_grad",
     "score_weight_grad_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pecker_fast import native
 from pecker_fast.blocks import BlockGrid
+from pecker_fast.ops import triton_kernels
 from pecker_fast.ops.dispatch import Backend, Op, library
 from pecker_fast.ops.layout import is_dense, like_layout
 from pecker_fast.scatter import DTYPE_CODES
@@ -30,8 +32,9 @@ def accumulate_saliency_(
     In plain torch: ``total += f(grad)`` with f(g) = g, ``|g|`` or ``g**2``; with ``grid`` its sum over each block.
     The signed sum is SalUn's: its magnitude is taken once, at the end (Fan et al. 2024, arXiv 2310.12508).
 
-    Per weight the "cpu" backend has the reference's bits. It sums blocks in float64, in an order that depends on the
-    layout of ``grad`` alone, so the number of threads does not change the result.
+    Per weight the "cpu" and "triton" backends have the reference's bits. Blocks are summed in an order that depends on
+    the layout of ``grad`` alone, by "cpu" in float64 and by "triton" in ``total``'s dtype: every run gives the same
+    bits, whatever the number of threads.
 
     Args:
         total: Running sums, float32 or float64: of ``grad``'s shape, or (num_blocks,) with ``grid``. Changed.
@@ -83,54 +86,86 @@ def accumulate_saliency_reference_(
     total.add_(grad)
 
 
-def _cpu(total: Tensor, grad: Tensor, accumulate: str, view: list[int] | None, block: list[int] | None) -> None:
-    if not is_dense(total):
-        dense = total.clone(memory_format=torch.contiguous_format)
-        _cpu(dense, grad, accumulate, view, block)
-        total.copy_(dense)
-        return
-    grad = grad if grad.dtype in DTYPE_CODES else grad.to(total.dtype)
-    if view is None or block is None:
-        _per_weight(total, like_layout(grad, total), accumulate)
-    elif block == [1, 1] and view[1:] == [1, 1]:
-        _per_weight(total, grad.contiguous().view(-1), accumulate)
-    else:
-        _per_block(total, grad, accumulate, view, block)
+_PerWeight: TypeAlias = Callable[[Tensor, Tensor, int], None]
+_PerBlock: TypeAlias = Callable[[Tensor, Tensor, int, list[int], list[int]], None]
 
 
-def _per_weight(total: Tensor, grad: Tensor, accumulate: str) -> None:
-    native.load().accumulate_saliency_cpu(**_native_arguments(total, grad, accumulate), numel=total.numel())
+def _kernels(per_weight: _PerWeight, per_block: _PerBlock) -> Callable[..., None]:
+    """A backend from kernels that take tensors as they lie in memory.
+
+    Args:
+        per_weight: (total, grad, kind), both dense, with their elements in the same places.
+        per_block: (total, grad, kind, memory, block) with a dense ``grad`` that lies as ``memory`` says: [out, repeat,
+            in, unit], as in csrc/accumulate_saliency.h.
+    """
+
+    def run(total: Tensor, grad: Tensor, accumulate: str, view: list[int] | None, block: list[int] | None) -> None:
+        if not is_dense(total):
+            dense = total.clone(memory_format=torch.contiguous_format)
+            run(dense, grad, accumulate, view, block)
+            total.copy_(dense)
+            return
+        kind = get_args(Accumulate).index(accumulate)
+        grad = grad if grad.dtype in DTYPE_CODES else grad.to(total.dtype)
+        if view is None or block is None:
+            per_weight(total, like_layout(grad, total), kind)
+        elif block == [1, 1] and view[1:] == [1, 1]:
+            per_weight(total, grad.contiguous().view(-1), kind)
+        else:
+            memory, grad = _in_memory(grad, view)
+            per_block(total, grad, kind, memory, block)
+
+    return run
 
 
-def _per_block(total: Tensor, grad: Tensor, accumulate: str, view: list[int], block: list[int]) -> None:
+def _in_memory(grad: Tensor, view: list[int]) -> tuple[list[int], Tensor]:
+    """How ``grad`` lies in memory, and ``grad`` itself or a copy that lies so."""
     out, in_, taps = view
-    memory = [out, 1, in_, taps]
     if grad.is_contiguous(memory_format=torch.channels_last) and view == [*grad.shape[:2], math.prod(grad.shape[2:])]:
-        memory = [out, taps, in_, 1]
-    else:
-        grad = grad.contiguous()
-    arguments = _native_arguments(total, grad, accumulate)
+        return [out, taps, in_, 1], grad
+    return [out, 1, in_, taps], grad.contiguous()
+
+
+def _cpu_per_weight(total: Tensor, grad: Tensor, kind: int) -> None:
+    native.load().accumulate_saliency_cpu(**_native_arguments(total, grad, kind), numel=total.numel())
+
+
+def _cpu_per_block(total: Tensor, grad: Tensor, kind: int, memory: list[int], block: list[int]) -> None:
+    arguments = _native_arguments(total, grad, kind)
     native.load().accumulate_block_saliency_cpu(**arguments, view=memory, block=block)
 
 
-def _native_arguments(total: Tensor, grad: Tensor, accumulate: str) -> dict[str, object]:
+def _native_arguments(total: Tensor, grad: Tensor, kind: int) -> dict[str, object]:
     return {
         "total": total.data_ptr(),
         "total_is_double": total.dtype == torch.float64,
         "grad": grad.data_ptr(),
         "grad_dtype": DTYPE_CODES[grad.dtype],
-        "kind": get_args(Accumulate).index(accumulate),
+        "kind": kind,
         "threads": torch.get_num_threads(),
     }
+
+
+def _triton_per_weight(total: Tensor, grad: Tensor, kind: int) -> None:
+    triton_kernels.load("accumulate_saliency").accumulate_(total, grad, kind)
+
+
+def _triton_per_block(total: Tensor, grad: Tensor, kind: int, memory: list[int], block: list[int]) -> None:
+    triton_kernels.load("accumulate_saliency").accumulate_blocks_(total, grad, kind, memory, block)
 
 
 _OP = Op(
     "accumulate_saliency_",
     {
         "reference": Backend(accumulate_saliency_reference_),
-        "cpu": Backend(_cpu, devices=("cpu",), why_not=native.why_not),
+        "cpu": Backend(_kernels(_cpu_per_weight, _cpu_per_block), devices=("cpu",), why_not=native.why_not),
+        "triton": Backend(
+            _kernels(_triton_per_weight, _triton_per_block),
+            devices=triton_kernels.DEVICES,
+            why_not=triton_kernels.why_not,
+        ),
     },
-    prefer={"cpu": ("cpu",)},
+    prefer={"cpu": ("cpu",), "cuda": ("triton",)},
 )
 
 library.define(

@@ -1,6 +1,9 @@
-"""Tensors as flat stretches of memory, which is what the native CPU kernels take."""
+"""Tensors as flat stretches of memory, which is what the native kernels take."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,3 +30,32 @@ def like_layout(tensor: Tensor, other: Tensor) -> Tensor:
     strides = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
     same = all(ours == theirs for size, ours, theirs in strides if size != 1)
     return tensor if same else torch.empty_like(other, dtype=tensor.dtype).copy_(tensor)
+
+
+def native_arrays(values: Sequence[Tensor]) -> dict[str, Any]:
+    """What the native module takes for many arrays of float32 or float64, each dense in memory."""
+    return {
+        "addresses": [value.data_ptr() for value in values],
+        "numels": [value.numel() for value in values],
+        "is_double": values[0].dtype == torch.float64,
+    }
+
+
+def check_arrays(op: str, tensors: Sequence[Tensor], k: int) -> None:
+    """Refuse tensors that are not all float32 or all float64 on one device, and a ``k`` that is not among them.
+
+    Raises:
+        ValueError: One of these, in the name of ``op``.
+    """
+    if not tensors:
+        raise ValueError(f"{op}: expected at least one tensor, got none")
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: expected float32 or float64 tensors, got {dtype}")
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype != dtype or tensor.device != device:
+            got = f"tensor {i} as {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{op}: expected all tensors as {dtype} on {device}, got {got}")
+    total = sum(tensor.numel() for tensor in tensors)
+    if not 1 <= k <= total:
+        raise ValueError(f"{op}: k must be 1 to {total} (the number of values), got {k}")

@@ -43,6 +43,8 @@ def test_machine_code_is_what_the_kernel_states(compiled, name, capability):
         assert found["wgmma" if capability == 90 else "mma_sync"] > 0
     if build.async_copies:
         assert found["async_copies"] and set(found["async_copies"]) == {16}
+    if build.wide_loads:
+        assert found["wide_loads"]
     if build.wide_accesses:
         assert found["wide_loads"] and found["wide_stores"]
 
