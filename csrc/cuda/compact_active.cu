@@ -12,7 +12,6 @@ namespace {
 constexpr const char* kOp = "compact_active_cuda";
 constexpr int kWarps = kSelectThreads / kWarp;
 constexpr int kBlocksPerProcessor = 3;
-constexpr std::int64_t kMaxTiles = (std::int64_t{1} << 31) - 1;
 
 // What other blocks may know of a tile's count: nothing yet (0), its own, or with those of all tiles before.
 // Count and state are one word, so that nobody reads one without the other.

@@ -54,7 +54,7 @@ def arrays(tensors):
 def build(folder, *sources):
     library = folder / "select.so"
     options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    options += ["-fPIC", "-shared", "-pthread"]
+    options += ["-fPIC", "-shared", "-pthread", "-fno-gnu-unique"]
     command = ["g++", *options, "-I", HOST, "-x", "c++", HOST / "select.cpp", *sources, "-o", library]
     subprocess.run(command, check=True)
     return OnHost(library)
