@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pecker_fast.once import once
+from pecker_fast.once import once, to_device
 
 Block: TypeAlias = tuple[int, int] | Literal["row", "element", "auto"]
 
@@ -262,7 +262,7 @@ class ParameterMask:
 
     def _once_on(self, device: torch.device, what: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """Kept where it would have to be copied again: each copy to a GPU makes the host wait for it."""
-        return make() if device.type == "cpu" else once(self.active, (what, device), lambda: make().to(device))
+        return make() if device.type == "cpu" else once(self.active, (what, device), lambda: to_device(make(), device))
 
     def _gather_tiles(self, dense: Tensor, channels_last: bool) -> Tensor:
         """Whole tiles at once, where no tile is cut off at an edge."""

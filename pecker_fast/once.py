@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -26,6 +27,20 @@ def once(active: Tensor, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
         values[key] = make()
     value: T = values[key]
     return value
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor.to(device)`` for what ``once`` keeps.
+
+    Raises:
+        RuntimeError: A CUDA graph is being captured, into which no copy from the host's memory fits.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a masked step is captured in a CUDA graph before its tables are on the GPU: run it three times before you "
+            "capture it, on a side stream as torch.cuda.graph asks for"
+        )
+    return tensor.to(device)
 
 
 def known(active: Tensor, key: tuple[Hashable, ...]) -> bool:

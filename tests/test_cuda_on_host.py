@@ -54,7 +54,9 @@ def kernels(tmp_path_factory):
     (folder / "all.cpp").write_text(f'#include "cuda/masked_adamw.cu"\n#include "cuda/scatter.cu"\n{ENTRY}')
     options = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-shared"]
     options += [f"-I{ROOT / 'tests' / 'cuda_on_host'}"]
-    if Path(COMPILER).name.startswith("g++"):  # another library in this process has kernels and a threadIdx too, which must stay its own
+    if Path(COMPILER).name.startswith(
+        "g++"
+    ):  # another library in this process has kernels and a threadIdx too, which must stay its own
         options += ["-fno-gnu-unique"]
     subprocess.run([COMPILER, *options, folder / "all.cpp", "-o", folder / "all.so"], check=True)
     return ctypes.CDLL(str(folder / "all.so"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pecker_fast.blocks import ParameterMask
-from pecker_fast.once import once
+from pecker_fast.once import once, to_device
 from pecker_fast.ops import triton_kernels
 from pecker_fast.ops.problem import Problem
 from pecker_fast.ops.tiles import Tiles, best_tiles, choose_splits
@@ -124,7 +124,7 @@ def _as_matrices(problem: Problem, as_rows: bool) -> tuple[Tensor, Tensor]:
     grad_output, input = (tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in operands)
     if as_rows and not problem.mask.is_full:
         active = problem.mask.active
-        rows = once(active, ("packed rows", input.device), lambda: _padded(active).to(input.device))
+        rows = once(active, ("packed rows", input.device), lambda: to_device(_padded(active), input.device))
         grad_output = grad_output.index_select(1, rows)
     return grad_output, input
 

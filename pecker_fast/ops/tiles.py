@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pecker_fast.blocks import BlockGrid, ParameterMask
+from pecker_fast.once import to_device
 
 MAX_GROUP = 64
 """Out channels of one block that lie together in a tile: a block with more is cut."""
@@ -41,7 +42,7 @@ class Tiles:
 
     def to(self, device: torch.device) -> Tiles:
         """The same, with its tensors on a device."""
-        return replace(self, table=self.table.to(device), block_rows=self.block_rows.to(device))
+        return replace(self, table=to_device(self.table, device), block_rows=to_device(self.block_rows, device))
 
 
 def best_tiles(

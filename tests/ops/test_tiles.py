@@ -98,3 +98,11 @@ def test_once_is_once_for_the_same_blocks_and_forgotten_with_them():
     del active
     gc.collect()
     assert gone() is None
+
+
+def test_a_graph_that_is_captured_too_early_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    mask = ParameterMask(BlockGrid.of((32, 32), (16, 16)), torch.tensor([1]))
+    with pytest.raises(RuntimeError, match="run it three times before you capture it"):
+        mask.active_on(torch.device("cuda"))
+    assert mask.active_on(torch.device("cpu")) is mask.active
