@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from measure import ROWS, race
+from machines import here
+from measure import FACTS, FIGURES, LISTENERS, NOTES, ROWS, race
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return here().device
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +36,12 @@ def matmul_rate(device: torch.device) -> float:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # our table closes the run instead
+    if folder := config.getoption("--rows"):
+        LISTENERS.append(lambda: write_rows(Path(folder)))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rows", help="also write the closing table to this JSON file")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -43,15 +49,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     write = terminalreporter.write_line
     write("")
-    write(f"{machine()}; interleaved medians; ratio = theirs / ours")
+    write(f"{here().name}; interleaved medians; ratio = theirs / ours")
     head = ("what", "against", "density", "ours ms", "theirs ms", "ratio", "work, ours : theirs", "share of limit")
+    digits = 1 if here().device.type == "cpu" else 3
     lines = [head] + [
         (
             r.what,
             r.against,
             f"{r.density:.3g}",
-            f"{r.ours_ms:.1f}",
-            f"{r.theirs_ms:.1f}",
+            f"{r.ours_ms:.{digits}f}",
+            f"{r.theirs_ms:.{digits}f}",
             f"{r.ratio:.2f}x",
             r.work,
             r.share,
@@ -62,18 +69,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in lines:
         write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     if folder := terminalreporter.config.getoption("--rows"):
-        path = Path(folder)
-        path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in ROWS]}, indent=2) + "\n")
-        write(f"written to {path}")
+        write_rows(Path(folder))
+        write(f"written to {folder}")
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rows", help="also write the closing table to this JSON file")
+def write_rows(path: Path) -> None:
+    """All lines so far; fields that were not measured are left out."""
+    rows = [{name: value for name, value in asdict(row).items() if value is not None} for row in ROWS]
+    more = {"figures": [asdict(figure) for figure in FIGURES], "notes": NOTES} if FACTS else {}
+    write_json(path, {"machine": here().name, **FACTS, "rows": rows, **more})
 
 
-def machine() -> str:
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name()
-    else:
-        where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return f"{where}, torch {torch.__version__}"
+def write_json(path: Path, contents: object) -> None:
+    """In one step, so that whoever reads it finds a whole file."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(contents, indent=2) + "\n")
+    aside.replace(path)

@@ -5,6 +5,7 @@ No figure is typed by hand.
 python -m pytest benchmarks/ --benchmark-only --rows benchmarks/results/cpu/kernels.json
 pecker-fast demo --output_dir runs/demo && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
 pecker-fast demo --mask_density 0.1 --output_dir runs/sparser  # and its metrics.json as demo_density_0.1.json
+benchmarks/gpu.sh OUT  # on a machine with a GPU; its optimizer.json, wgrad.json, ... as benchmarks/results/<gpu>/*.json
 python benchmarks/report.py [--check]
 """
 
@@ -67,19 +68,115 @@ def _quality(figures: dict[str, Any]) -> list[str]:
     return [forgotten, f"{figures['retain_accuracy']:.1%}", f"{figures['frechet_distance']:.2f}"]
 
 
+def gpu_headlines(results: dict[str, Any]) -> str:
+    """The races that matter most, on every GPU that was measured."""
+    return _on_every_gpu(results, headlines=True)
+
+
+def gpu_tables(results: dict[str, Any]) -> str:
+    """All races and figures, on every GPU that was measured."""
+    return _on_every_gpu(results, headlines=False)
+
+
+def _on_every_gpu(results: dict[str, Any], headlines: bool) -> str:
+    tables = [
+        table for topics in results.values() for topic in TOPICS if (table := _topic(topics.get(topic), headlines))
+    ]
+    return "\n\n".join(tables) if tables else NO_GPU
+
+
+def _topic(results: dict[str, Any] | None, headlines: bool) -> str:
+    """One file of a GPU; nothing where it has no row to show."""
+    rows = [row for row in (results or {"rows": []})["rows"] if row["headline"] or not headlines]
+    if results is None or not rows:
+        return ""
+    head = [
+        "what",
+        "against",
+        "density",
+        "ours",
+        "theirs",
+        "ratio",
+        "spread",
+        "work, ours : theirs",
+        "share of the limit",
+    ]
+    lines = [
+        [
+            row["what"],
+            row["against"],
+            f"{row['density']:.2g}",
+            _duration(row["ours_ms"]),
+            _duration(row["theirs_ms"]),
+            f"**{row['ratio']:.2f}x**",
+            f"{max(row.get('ours_spread', 0.0), row.get('theirs_spread', 0.0)):.1%}",
+            row["work"],
+            row["share"],
+        ]
+        for row in rows
+    ]
+    figures = [] if headlines else [_figure(figure) for figure in results["figures"]]
+    notes = [] if headlines else [f"* {note}" for note in results["notes"]]
+    return "\n".join([_markdown(head, lines), "", *figures, *notes, *([""] if figures or notes else []), _run(results)])
+
+
+def _figure(figure: dict[str, Any]) -> str:
+    ours, theirs = (v if isinstance(v, str) else f"{v:,.4g}" for v in (figure["ours"], figure["theirs"]))
+    return (
+        f"* {figure['what']}, density {figure['density']:.2g}: {ours} {figure['unit']}, {figure['against']}: {theirs}"
+    )
+
+
+def _run(results: dict[str, Any]) -> str:
+    """Where and when a file was measured, and what the card does at best."""
+    limits, versions = results["limits"], results["versions"]
+    return (
+        f"{results['machine']}, triton {versions['triton']}, {results['date']}; interleaved medians of one run, spread "
+        f"between quartiles; copy {limits['copy'] / 1e12:.2f} TB/s, in the L2 cache {limits['l2'] / 1e12:.2f} TB/s, "
+        f"bfloat16 product {limits['matmul'] / 1e12:.0f} TFLOP/s."
+    )
+
+
+def _duration(ms: float) -> str:
+    return f"{1e3 * ms:.1f} µs" if ms < 1 else f"{ms:.2f} ms"
+
+
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+
+TOPICS = ("optimizer", "wgrad", "step", "select", "sweep")
+"""Files of a GPU, in the order in which they are shown."""
+NO_GPU = "No GPU has measured these kernels yet; on a machine with one, `benchmarks/gpu.sh OUT` tests and times them."
+ON_GPUS = "<gpu>/*.json"
 
 TABLES = {
     README: {
         "kernels": ("cpu/kernels.json", headlines_table),
         "demo": ("cpu/demo.json", demo_table),
         "sparser demo": ("cpu/demo_density_0.1.json", demo_table),
+        "kernels on a GPU": (ON_GPUS, gpu_headlines),
     },
-    BENCHMARKS: {"all kernels": ("cpu/kernels.json", kernels_table)},
+    BENCHMARKS: {
+        "all kernels": ("cpu/kernels.json", kernels_table),
+        "all kernels on a GPU": (ON_GPUS, gpu_tables),
+    },
 }
+
+
+def load(source: str) -> dict[str, Any]:
+    """One result file; or of every GPU that has a folder its files by topic, none of them a rehearsal."""
+    if source != ON_GPUS:
+        return dict(json.loads((RESULTS / source).read_text(encoding="utf-8")))
+    found: dict[str, Any] = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        if path.parent.name != "cpu":
+            results = json.loads(path.read_text(encoding="utf-8"))
+            if results["rehearsal"]:
+                raise SystemExit(f"{path}: a rehearsal on a CPU is no result; remove it")
+            found.setdefault(path.parent.name, {})[path.stem] = results
+    return found
 
 
 def render(document: Path) -> str:
@@ -91,8 +188,7 @@ def render(document: Path) -> str:
         _, closed, after = rest.partition(end)
         if not (found and closed):
             raise SystemExit(f"{document}: expected the markers {begin} and {end}")
-        results = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        text = f"{before}{begin}\n{table(results)}\n{end}{after}"
+        text = f"{before}{begin}\n{table(load(file))}\n{end}{after}"
     return text
 
 
