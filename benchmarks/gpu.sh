@@ -15,7 +15,7 @@ python=${PYTHON:-python3}
 export PYTHONPATH="$PWD/benchmarks:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 rehearse=${PECKER_FAST_REHEARSE:-0}
 deadline=$((SECONDS + ${SECONDS_IN_ALL:-560}))
-declare -A weight=([tests]=24 [sanitize]=10 [optimizer]=14 [wgrad]=26 [step]=18 [select]=9 [sweep]=17)
+declare -A weight=([tests]=24 [sanitize]=16 [optimizer]=14 [wgrad]=26 [step]=18 [select]=9 [sweep]=17)
 parts=("$@")
 ((${#parts[@]})) || parts=(tests sanitize optimizer wgrad step select sweep)
 for part in "${parts[@]}"; do
@@ -79,13 +79,17 @@ print(reason or "the native module is there")
 sys.exit(reason is not None)
 '
 
-# As setup.py does it, for this machine'"'"'s GPU alone.
+# As setup.py does it, for this machine's GPU alone; cmake and ninja may be those of Python packages.
 build() {
-  local capability
-  capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || return
-  CUDAARCHS=${CUDAARCHS:-$capability} cmake -S . -B "build/gpu" -G Ninja -DPECKER_FAST_CUDA=ON \
+  local tools
+  tools=$("$python" -c 'import cmake, ninja; print(f"{cmake.CMAKE_BIN_DIR}:{ninja.BIN_DIR}")' 2>/dev/null)
+  [[ -n ${CUDAARCHS:-} ]] || CUDAARCHS=$("$python" -c '
+import torch
+print("%d%d" % torch.cuda.get_device_capability())') || return
+  export CUDAARCHS PATH="$PATH${tools:+:$tools}"
+  cmake -S . -B build/gpu -G Ninja -DPECKER_FAST_CUDA=ON -DPython_EXECUTABLE="$(command -v "$python")" \
     -DPECKER_FAST_VERSION="$("$python" -c 'import pecker_fast; print(pecker_fast.__version__)')" \
-    -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/pecker_fast" && cmake --build build/gpu
 }
 
@@ -99,8 +103,9 @@ tests() { # LIMIT_S
   mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
   "$python" -c 'import xdist' 2>/dev/null && ((rehearse == 0)) && workers=(-n 12)
   if ((rehearse)); then files=(tests/ops/test_costs.py) marked=(tests/ops/test_costs.py); fi
-  run tests $(($1 * 3 / 4)) "$python" -m pytest -q "${workers[@]}" --junitxml "$out/tests.xml" "${files[@]}"
-  run tests $(($1 / 4 + 1)) "$python" -m pytest -q --junitxml "$out/tests_gpu.xml" $( ((rehearse)) || echo -m gpu) \
+  local end=$((SECONDS + $1))
+  run tests $(($1 * 2 / 3)) "$python" -m pytest -q "${workers[@]}" --junitxml "$out/tests.xml" "${files[@]}"
+  run tests $((end - SECONDS)) "$python" -m pytest -q --junitxml "$out/tests_gpu.xml" $( ((rehearse)) || echo -m gpu) \
     "${marked[@]}"
 }
 

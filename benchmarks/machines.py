@@ -7,17 +7,14 @@ interpreter: whatever a CPU cannot measure is then a text that says so, never a 
 from __future__ import annotations
 
 import functools
-import math
 import os
 import platform
-import statistics
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import power
 import torch
 
 REHEARSAL = os.environ.get("PECKER_FAST_REHEARSE") == "1"
@@ -30,7 +27,6 @@ T = TypeVar("T")
 NOT_MEASURED = "not measured: this is a rehearsal"
 SCRATCH = 64 << 20
 """Floats that are read, or on a GPU written, to put other lines into the caches: 256 MB."""
-POWER_SECONDS, POWER_PAUSE = 5.0, 0.05
 
 
 def sized(real: T, rehearsal: T) -> T:
@@ -234,30 +230,10 @@ class Cuda(Cpu):
         return step, torch.cuda.max_memory_allocated() - before
 
     def joules(self, step: Contestant, seconds: float) -> float | str:
-        watts = power_reader()
-        if isinstance(watts, str):
-            return watts
-        steps, done, samples = max(math.ceil(POWER_SECONDS / seconds), 1), threading.Event(), []
+        def run(steps: int) -> float:
+            return self.wall_seconds(lambda: queue(step, steps))
 
-        def sample() -> None:
-            while not done.wait(POWER_PAUSE):
-                samples.append(watts())
-
-        def run() -> None:
-            for number in range(steps):
-                step()
-                if number % 8 == 7:
-                    torch.cuda.synchronize()  # no endless queue
-
-        run_seconds = 0.0
-        thread = threading.Thread(target=sample, daemon=True)
-        thread.start()
-        try:
-            run_seconds = self.wall_seconds(run)
-        finally:
-            done.set()
-            thread.join()
-        return statistics.fmean(samples) * run_seconds / steps if samples else "not measured: no sample of the power"
+        return power.joules(run, seconds)
 
     def compile_all(self, compilations: Sequence[Callable[[], object]]) -> None:
         import triton
@@ -283,38 +259,18 @@ def waits_for_device(call: Contestant) -> bool:
     return False
 
 
+def queue(step: Contestant, steps: int) -> None:
+    """Many steps, of which the host is never far ahead."""
+    for number in range(1, steps + 1):
+        step()
+        if number % 8 == 0:
+            torch.cuda.synchronize()
+
+
 def is_kernel(event: Any) -> bool:
     """Whether an event of torch's profiler is a kernel: not a copy, nor a range that somebody named."""
     on_device = event.device_type == torch.autograd.DeviceType.CUDA
     return on_device and not event.is_user_annotation and not event.name.startswith(("Memcpy", "Memset", "Optimizer."))
-
-
-def power_reader() -> Callable[[], float] | str:
-    """Reads the watts that the GPU draws, by NVML or nvidia-smi; or why there is nothing to read."""
-    try:
-        import pynvml
-    except ImportError:
-        return _smi_reader()
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-        pynvml.nvmlDeviceGetPowerUsage(handle)
-    except pynvml.NVMLError as error:
-        return f"not measured: NVML says {error}"
-    return lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
-
-
-def _smi_reader() -> Callable[[], float] | str:
-    query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-i", "0"]
-
-    def read() -> float:
-        return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
-
-    try:
-        read()
-    except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        return f"not measured: no NVML, and nvidia-smi says {error}"
-    return read
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import torch
 def machines(monkeypatch):
     monkeypatch.delenv("PECKER_FAST_REHEARSE", raising=False)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    for name in ("machines", "measure"):
+    for name in ("machines", "measure", "power"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("machines")
-    for name in ("machines", "measure"):
+    for name in ("machines", "measure", "power"):
         sys.modules.pop(name, None)
 
 
@@ -126,14 +127,14 @@ def test_a_race_reports_seconds_of_one_call_and_its_spread(cuda, device, machine
 
 
 def test_energy_is_power_times_time(cuda, machines, monkeypatch):
-    monkeypatch.setattr(machines, "POWER_SECONDS", 0.2)
-    monkeypatch.setattr(machines, "POWER_PAUSE", 0.001)
-    monkeypatch.setattr(machines, "power_reader", lambda: lambda: 100.0)
-    steps = []
-    monkeypatch.setattr(cuda, "wall_seconds", lambda run: run() or machines.time.sleep(0.05) or 0.4)
+    power, steps = machines.power, []
+    monkeypatch.setattr(power, "SECONDS", 0.2)
+    monkeypatch.setattr(power, "PAUSE", 0.001)
+    monkeypatch.setattr(power, "reader", lambda: lambda: 100.0)
+    monkeypatch.setattr(cuda, "wall_seconds", lambda run: run() or time.sleep(0.05) or 0.4)
     assert cuda.joules(lambda: steps.append(0), seconds=0.05) == pytest.approx(100.0 * 0.4 / 4)
     assert len(steps) == 4
-    monkeypatch.setattr(machines, "power_reader", lambda: "not measured: no NVML")
+    monkeypatch.setattr(power, "reader", lambda: "not measured: no NVML")
     assert cuda.joules(lambda: None, seconds=0.05) == "not measured: no NVML"
 
 
@@ -145,7 +146,7 @@ def test_memory_is_the_peak_of_a_step_above_what_was_there(cuda):
 def test_without_nvml_and_nvidia_smi_nothing_is_read(machines, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     monkeypatch.setenv("PATH", "")
-    assert str(machines.power_reader()).startswith("not measured: no NVML")
+    assert str(machines.power.reader()).startswith("not measured: no NVML")
 
 
 def test_kernels_are_told_from_copies_and_named_ranges(machines):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from machines import here, sized
 from torch import Tensor
 
@@ -93,9 +95,18 @@ class Layer:
         return functools.partial(conv_weight_grad, grad_output, input, weight, self.stride, self.padding)
 
     def truth(self, operands: tuple[Tensor, Tensor]) -> Tensor:
-        """The whole gradient in float32, no TF32."""
-        with torch.backends.cudnn.flags(benchmark=False, allow_tf32=False):
-            return self.dense(*(operand.float() for operand in operands))()
+        """The whole gradient in float64: a product of two matrices for each tap, which no other way computes."""
+        grad_output, input = (operand.double() for operand in operands)
+        if self.is_linear:
+            return grad_output.t() @ input
+        height, width = grad_output.shape[2:]
+        rows, padded = grad_output.permute(1, 0, 2, 3).flatten(1), F.pad(input, [self.padding] * 4)
+        truth = rows.new_empty(self.shape)
+        for y, x in itertools.product(range(self.shape[2]), range(self.shape[3])):
+            ends = y + self.stride * (height - 1) + 1, x + self.stride * (width - 1) + 1
+            tap = padded[:, :, y : ends[0] : self.stride, x : ends[1] : self.stride]
+            truth[:, :, y, x] = rows @ tap.permute(0, 2, 3, 1).flatten(0, 2)
+        return truth
 
 
 def conv(channels: int, batch: int, side: int, kernel: int = 3, stride: int = 1, out: int | None = None) -> Layer:
