@@ -2,7 +2,8 @@
 # Tests and benchmarks on a machine with a GPU, in under nine and a half minutes however many parts are named.
 #   usage: benchmarks/gpu.sh OUT [PART...]
 # Parts, in order of importance, all of them if none is named: tests sanitize optimizer wgrad step select sweep.
-# The native module is built in place if it is missing or has no CUDA kernels (needs nvcc, cmake, ninja, pybind11).
+# The native module is taken from an installed pecker_fast on PYTHONPATH, or built in place if it is missing or has no
+# CUDA kernels (needs nvcc, cmake, ninja, pybind11).
 # Writes OUT/machine.json, OUT/PART.log, for benchmarks OUT/PART.json after every row, and OUT/summary.txt. A part that
 # fails or runs out of time is recorded and the next one runs; the exit status says whether all passed.
 # Time limits share SECONDS_IN_ALL (560) by weight; what a part does not use is left to those after it.
@@ -12,6 +13,10 @@ out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT [PART...]}" && cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+IFS=: read -ra installed <<<"${PYTHONPATH:-}"
+for folder in ${installed[@]+"${installed[@]}"}; do  # the checkout comes first on the path and would hide it
+  compgen -G "$folder/pecker_fast/_C*.so" >/dev/null && cp -n "$folder"/pecker_fast/_C*.so pecker_fast/
+done
 export PYTHONPATH="$PWD/benchmarks:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 rehearse=${PECKER_FAST_REHEARSE:-0}
 deadline=$((SECONDS + ${SECONDS_IN_ALL:-560}))
