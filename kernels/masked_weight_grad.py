@@ -201,6 +201,8 @@ CONFIGS: dict[tuple[int, int, int, int], Config] = {
 """The tiles there are. Chosen by what compiles well (registers, shared memory, tensor cores), not yet by time."""
 
 
+MAX_GROUP = 64
+"""Largest GROUP: groups that are smaller need a few registers more."""
 MAX_BLOCK, MAX_BLOCK_IF_TIGHT = 128, 64
 """Largest BLOCK_M; and where registers are short: products are added to what is there, or loads cannot be wide."""
 
@@ -258,7 +260,7 @@ def launch(
     first = out
     if splits > 1:
         first = torch.empty(splits * tiles * taps * block_m * block_n, dtype=torch.float32, device=out.device)
-    capped = config.registers_sm_90 is not None and is_sm_90(grad_output.device)
+    capped = config.registers_sm_90 is not None and group == MAX_GROUP and is_sm_90(grad_output.device)
     with torch.cuda.device_of(grad_output):
         weight_grad_kernel[(tiles * shape.kernel, splits)](
             grad_output, input, table, first, tiles, positions, split_positions, out_channels, input.shape[1],

@@ -139,6 +139,12 @@ class ParameterMask:
     grid: BlockGrid
     active: Tensor
 
+    def __post_init__(self) -> None:
+        # What depends on the blocks is kept under this very tensor (once.py), and torch.compile hands another to the
+        # backward in place of a view.
+        if self.active._is_view():
+            object.__setattr__(self, "active", self.active.clone())
+
     def __deepcopy__(self, memo: dict[int, object]) -> ParameterMask:
         return self  # plain frozen data: copies of a model share it
 

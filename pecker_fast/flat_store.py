@@ -274,7 +274,8 @@ def _with_own_storage(view: Tensor) -> Tensor:
 
     Accelerate takes weights that share a storage for tied ones, and leaves all but one out of its checkpoints.
     """
-    return torch.utils.dlpack.from_dlpack(view) if view.numel() else view
+    with torch.cuda.device_of(view):  # else it is refused where another GPU is the current one
+        return torch.utils.dlpack.from_dlpack(view) if view.numel() else view
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:

@@ -188,7 +188,7 @@ def _input_grad(
     batch, channels, *size = shape
     computed = channels if wanted is None else wanted
     part = weight if computed == channels else _contiguous_like(weight[:, :computed], weight)
-    unread = grad_output.new_empty(1).expand(batch, computed, *size)  # only its shape matters
+    unread = _unread_input((batch, computed, *size), grad_output)
     stride, padding, dilation, groups = geometry
     grad, _, _ = torch.ops.aten.convolution_backward(
         grad_output, unread, part, None, stride, padding, dilation, False, [0, 0], groups, [True, False, False]
@@ -199,6 +199,18 @@ def _input_grad(
     whole[:, :computed] = grad
     whole[:, computed:].zero_()
     return whole
+
+
+def _unread_input(shape: tuple[int, ...], grad_output: Tensor) -> Tensor:
+    """Stands in for a convolution's input where its values do not matter.
+
+    On a GPU its memory order does: in another one than the gradient's, torch would copy the gradient there and back.
+    """
+    if grad_output.is_cuda:
+        return torch.empty(
+            shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=_memory_format(grad_output)
+        )
+    return grad_output.new_empty(1).expand(shape)
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:

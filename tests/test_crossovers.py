@@ -8,7 +8,7 @@ from pecker_fast import BlockMask, apply_mask, crossovers
 from pecker_fast.cli import main
 from pecker_fast.crossovers import Layer, measure_crossovers
 
-SMALL = (Layer("conv", (64, 64, 3, 3), 1, 4), Layer("linear", (64, 64), 4, 1))
+SMALL = (Layer("conv", (128, 128, 3, 3), 1, 4), Layer("linear", (128, 128), 4, 1))
 
 
 def test_every_way_of_every_layer_is_timed():

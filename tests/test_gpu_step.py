@@ -74,7 +74,7 @@ def test_a_captured_step_trains_like_an_eager_one(block):
 
 
 def test_the_way_of_every_layer_is_chosen_by_time():
-    active, step = masked((64, 64))
+    active, step = masked((32, 32))
     assert set(active.weight_gradients().values()) == {"not yet chosen"}
     step()
     ways = active.weight_gradients()
@@ -93,3 +93,19 @@ def test_a_compiled_step_has_no_graph_break(block):
         active.bind_()
         grads.append(active.grads.clone())
     assert (grads[0] - grads[1]).norm() / grads[0].norm() < 2e-2
+
+
+def test_the_input_gradient_stays_channels_last():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(64, 128, 3, padding=1).to("cuda", memory_format=torch.channels_last)
+    layer = nn.Sequential(nn.Conv2d(64, 128, 3, padding=1)).to("cuda", memory_format=torch.channels_last)
+    layer[0].load_state_dict(plain.state_dict())
+    apply_mask(layer, BlockMask.random(layer, 0.3, (32, 32)))
+    x = torch.randn(4, 64, 16, 16, device="cuda").to(memory_format=torch.channels_last)
+    grads = []
+    for net in (plain, layer):
+        leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        net(leaf).square().sum().backward()
+        grads.append(leaf.grad)
+        assert leaf.grad.is_contiguous(memory_format=torch.channels_last)
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() < 2e-3  # TF32

@@ -295,3 +295,15 @@ def test_masks_print_what_they_are():
         mask.to_dense("nothing")
     with pytest.raises(dataclasses.FrozenInstanceError):
         mask.total = 3
+
+
+def test_block_numbers_are_no_view_of_others():
+    """In place of a view torch.compile hands another tensor to the backward; what is kept under the first is missed."""
+    numbers = torch.arange(10)
+    mask = ParameterMask(BlockGrid.of((8, 4), "row"), numbers[2:5])
+    assert not mask.active._is_view() and torch.equal(mask.active, numbers[2:5])
+    same = torch.tensor([1, 2])
+    assert ParameterMask(BlockGrid.of((8, 4), "row"), same).active is same
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    mask = BlockMask.random(model, 0.5, "row")
+    assert not any(parameter.active._is_view() for parameter in mask.parameters.values())

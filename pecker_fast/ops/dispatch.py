@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,8 @@ DEVICES = ("cpu", "cuda")
 library = torch.library.Library("pecker_fast", "DEF")
 """Where every op declares its schema: ``torch.ops.pecker_fast.<op>``."""
 
-_requested: ContextVar[str | None] = ContextVar("pecker_fast_backend", default=None)
+_requested: str | None = None
+"""What ``use_backend`` asks for; of the whole process, because autograd runs a GPU's backward in threads of its own."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class Op:
 
     def requested(self) -> str | None:
         """What ``use_backend`` asks for, if it was ever written for this op."""
-        requested = _requested.get()
-        return requested if requested in self.backends else None
+        return _requested if _requested in self.backends else None
 
     def why_not(self, name: str, device: str) -> str | None:
         """Why backend ``name`` is not available for tensors on ``device``; None if it is."""
@@ -107,17 +106,18 @@ OPS: dict[str, Op] = {}
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, every op that has backend ``name`` uses it, and raises where it cannot run.
+    """Within the block, every op that has backend ``name`` uses it, and raises where it cannot run; in all threads.
 
     Args:
         name: "reference", "cpu", "triton" or "cuda". An op that was never written for it keeps its own choice.
     """
+    global _requested
     _check_name(name)
-    token = _requested.set(name)
+    before, _requested = _requested, name
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested = before
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -33,18 +34,38 @@ class Choice:
 
 
 def fastest(ways: Mapping[str, Way], device: torch.device) -> Choice:
-    """The way with the lowest median time, each run in turn; every way is called ``1 + ROUNDS`` times."""
+    """The way with the lowest median time, each run in turn; every way is called ``1 + ROUNDS`` times.
+
+    A way that fails, because it does not compile or needs more memory than there is, is left out with a warning.
+    """
     timer = _cpu_ms
     if device.type == "cuda":
         timer = functools.partial(_gpu_ms, torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device))
-    for way in ways.values():
-        timer(way)  # compiles, and fills caches of algorithms
+    ways = _working(ways, timer)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
             times[name].append(timer(way))
     ms = {name: statistics.median(values) for name, values in times.items()}
     return Choice(min(ms, key=lambda name: ms[name]), ms=ms)
+
+
+def _working(ways: Mapping[str, Way], timer: Callable[[Way], float]) -> dict[str, Way]:
+    """Those that run through; the first call also compiles, and fills caches of algorithms."""
+    working, failed = {}, []
+    for name, way in ways.items():
+        try:
+            timer(way)
+        except Exception as error:
+            failed.append((name, error))
+        else:
+            working[name] = way
+    if not working:
+        raise failed[0][1]
+    for name, cause in failed:
+        others = ", ".join(working)
+        warnings.warn(f"{name!r} fails and is left out, {others} remain: {type(cause).__name__}: {cause}", stacklevel=3)
+    return working
 
 
 def why_not_measured() -> str | None:

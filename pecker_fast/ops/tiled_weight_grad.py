@@ -37,9 +37,10 @@ def why_not(problem: Problem) -> str | None:
         return f"takes kernels 1x1 and 3x3, no groups, no dilation, got {problem.kernel}, {groups}, {tuple(dilation)}"
     if stride[0] != stride[1] or stride[0] not in (1, 2) or padding[0] != padding[1]:
         return f"takes stride 1 or 2 and padding alike in both directions, got {tuple(stride)} and {tuple(padding)}"
-    if _precision(problem) == "tf32x3" and problem.kernel != (1, 1):
-        return "takes float32 for 3x3 as TF32 only, which torch.backends.cudnn.allow_tf32 forbids"
-    largest = max(grad_output.numel(), input.numel(), grid.numel)
+    if precision(problem) == "tf32x3" and problem.kernel != (1, 1):
+        return "takes float32 for 3x3 as TF32 only, which torch.backends.cudnn forbids"
+    packed = problem.positions * (len(problem.mask.active) + 15) if grid.is_rows else 0
+    largest = max(grad_output.numel(), input.numel(), grid.numel, packed)
     if largest >= 2**31:
         return f"takes tensors of fewer than 2**31 elements, got {largest}"
     return None
@@ -100,7 +101,7 @@ def _compute(problem: Problem, as_rows: bool, out: Tensor | None, epilogue: Epil
             block_n=tiles.block_n,
             alignment=tiles.alignment,
             channels_last=problem.channels_last,
-            precision=_precision(problem),
+            precision=precision(problem),
         )
     return tiles, out
 
@@ -149,13 +150,14 @@ def _shape(problem: Problem, shape_type: Any) -> Any:
     return shape_type(*size, *out_size, problem.kernel[0], stride[0], padding[0])
 
 
-def _precision(problem: Problem) -> str:
+def precision(problem: Problem) -> str:
     """Of float32 products: TF32 where torch may use it for such a layer, else three of them, as good as float32."""
     if problem.input.dtype != torch.float32:
         return "tf32"  # has no say
-    if problem.is_linear:
-        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    backends: Any = torch.backends
+    own = [backends.cuda.matmul] if problem.is_linear else [backends.cudnn.conv, backends.cudnn]
+    asked = [backend.fp32_precision for backend in (*own, backends)]
+    return "tf32" if next((name for name in asked if name != "none"), "ieee") == "tf32" else "tf32x3"
 
 
 @functools.cache

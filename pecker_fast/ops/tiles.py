@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -112,6 +113,7 @@ def _block_rows(owner: Tensor, blocks: int) -> Tensor:
     return index
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_splits(programs: int, steps: int, slots: int, max_splits: int) -> int:
     """How many programs share the positions of a tile, so that a GPU with room for ``slots`` programs is busy.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Mapping
 
+import torch
 from torch import Tensor
 
 from pecker_fast import native
@@ -14,8 +15,8 @@ from pecker_fast.ops import triton_kernels
 from pecker_fast.ops.dispatch import Op
 from pecker_fast.ops.fastest import Choice, fastest, why_not_measured
 from pecker_fast.ops.problem import Problem
-from pecker_fast.ops.slabs import gathered_weight_grad, masked_weight_grad_cpu, masked_weight_grad_reference
-from pecker_fast.ops.tiled_weight_grad import tiled_weight_grad, why_not
+from pecker_fast.ops.slabs import gathered_weight_grad, masked_weight_grad_cpu, masked_weight_grad_reference, slabs_pay
+from pecker_fast.ops.tiled_weight_grad import precision, tiled_weight_grad, why_not
 
 
 def _slabs(problem: Problem) -> Tensor:
@@ -41,10 +42,11 @@ def choose_way(problem: Problem) -> Choice:
     measurement. While a CUDA graph is captured, or deterministic algorithms are asked for, nothing is measured.
     """
     operands = (problem.grad_output, problem.input)
-    key = ("way", problem.mask.grid, problem.geometry[0][0], *((x.shape, x.dtype, x.device) for x in operands))
-    reason = why_not_measured()
-    if reason is not None and not known(problem.mask.active, key):
-        return usual_way(problem, reason)
+    layout = [(x.shape, x.dtype, x.device, _is_channels_last(x)) for x in operands]
+    key = ("way", problem.mask.grid, problem.geometry[0][0], precision(problem), *layout)
+    reason = None if known(problem.mask.active, key) else why_not_measured()
+    if reason is not None:
+        return once(problem.mask.active, ("way", "usual", *key), lambda: usual_way(problem, reason))
     return once(problem.mask.active, key, lambda: _measured_once(problem, (*key, len(problem.mask.active))))
 
 
@@ -67,14 +69,21 @@ def chosen_ways(mask: ParameterMask) -> list[Choice]:
 
 def possible_ways(problem: Problem) -> list[str]:
     """Names of the ways that take this problem on its device."""
+    slabs = slabs_pay(problem.mask.grid, problem.geometry[3]) and not problem.mask.is_full  # else they are the whole
     kernel = problem.input.device.type == "cuda" and triton_kernels.why_not() is None and why_not(problem) is None
-    return [name for name in WAYS if name != "triton" or kernel]
+    return [name for name in WAYS if {"triton": kernel, "slabs": slabs, "dense": True}[name]]
 
 
 def usual_way(problem: Problem, why: str) -> Choice:
     """Where nothing is measured: our kernel for tiles, which no library has; a library for rows, which are dense."""
-    ours = "triton" in possible_ways(problem) and not problem.mask.grid.is_rows
-    return Choice("triton" if ours else "slabs", why)
+    possible = possible_ways(problem)
+    if "triton" in possible and not problem.mask.grid.is_rows:
+        return Choice("triton", why)
+    return Choice("slabs" if "slabs" in possible else "dense", why)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def backend_for(op: Op, problem: Problem, backend: str | None) -> str:

@@ -149,6 +149,7 @@ def test_views_and_other_memory_orders():
     assert torch.equal(got, expected)
 
 
+GEOMETRY = (1, 1), (0, 0), (1, 1), 1
 REFUSED = {
     "float64": (torch.float64, (20, 16, 3, 3), (16, 16), {}, "bfloat16, float16 or float32"),
     "a kernel of 5x5": (torch.float32, (20, 16, 5, 5), (16, 16), {}, "kernels 1x1 and 3x3"),
@@ -174,12 +175,27 @@ def test_what_the_kernel_does_not_take_is_refused_if_it_is_asked_for_and_the_lib
     assert masked_weight_grad(grad_output, x, mask, **conv).shape == mask.compact_shape
 
 
-def test_tf32_that_torch_may_not_use_is_not_used(monkeypatch):
+@pytest.fixture
+def tf32():
+    """torch's permissions, as they were afterwards."""
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    yield backends
+    for backend, name in zip(backends, before, strict=True):
+        backend.fp32_precision = name
+
+
+def test_tf32_that_torch_may_not_use_is_not_used(tf32):
+    convolutions, products = tf32
     grad_output, x = operands((20, 16, 3, 3), {}, torch.float32)
-    given = problem(grad_output, x, random_mask((20, 16, 3, 3), "row", 0.5), (1, 1), (0, 0), (1, 1), 1, False)
+    given = problem(grad_output, x, random_mask((20, 16, 3, 3), "row", 0.5), *GEOMETRY, False)
     assert tiled_weight_grad.why_not(given) is None
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert "allow_tf32 forbids" in tiled_weight_grad.why_not(given)
+    convolutions.fp32_precision = "ieee"
+    assert "torch.backends.cudnn forbids" in tiled_weight_grad.why_not(given)
+    linear = problem(*operands((20, 16), {}, torch.float32), random_mask((20, 16), "row", 0.5), *GEOMETRY, False)
+    assert tiled_weight_grad.precision(linear) == "tf32x3"
+    products.fp32_precision = "tf32"
+    assert tiled_weight_grad.precision(linear) == "tf32"
 
 
 def test_totals_that_do_not_fit_are_refused_and_left_alone():
@@ -197,20 +213,25 @@ def test_totals_that_do_not_fit_are_refused_and_left_alone():
         assert not bad.any()
 
 
-def test_a_compiled_model_has_no_graph_break_and_the_same_gradients():
-    model = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(32 * 16, 20))
+def test_a_compiled_model_has_no_graph_break_and_the_same_gradients(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(), nn.Flatten(), nn.Linear(64 * 16, 48))
     model = model.to(DEVICE, DTYPE)
-    active = apply_mask(model, BlockMask.random(model, 0.3, (16, 16)))
-    x = torch.randn(2, 16, 4, 4, device=DEVICE, dtype=DTYPE)
+    active = apply_mask(model, BlockMask.random(model, 0.2, (16, 16), seed=1))
+    assert {"0.weight", "3.weight"} <= set(active.names)
+    x = torch.randn(2, 32, 4, 4, device=DEVICE, dtype=DTYPE)
+    made, best = [], tiled_weight_grad.best_tiles
+    monkeypatch.setattr(tiled_weight_grad, "best_tiles", lambda *a: made.append(a) or best(*a))
     grads = []
     for net in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        with use_backend("triton"):
-            active.zero_grad()
-            net(x).float().square().mean().backward()
+        for _ in range(2):
+            with use_backend("triton"):
+                active.zero_grad()
+                net(x).float().square().mean().backward()
         active.bind_()
         grads.append(active.grads.clone())
     assert bool(grads[0].any())
     torch.testing.assert_close(*grads)
+    assert len(made) == 2  # once a layer, compiled or not
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -33,8 +33,9 @@ def test_nothing_is_measured_where_results_must_repeat():
     torch.use_deterministic_algorithms(True)
     try:
         assert "deterministic" in fastest.why_not_measured()
-        choice = weight_grad_ways.choose_way(small_problem())
+        choice = weight_grad_ways.choose_way(given := small_problem())
         assert choice.used == "slabs" and not choice.ms
+        assert weight_grad_ways.chosen_ways(given.mask) == [choice]
     finally:
         torch.use_deterministic_algorithms(False)
     assert fastest.why_not_measured() is None
@@ -66,3 +67,13 @@ def test_all_ways_give_the_same():
     results = [weight_grad_ways.WAYS[name](given) for name in weight_grad_ways.possible_ways(given)]
     for result in results:
         torch.testing.assert_close(result, results[0])
+
+
+def test_a_way_that_fails_is_left_out_and_told(clock):
+    def broken():
+        raise MemoryError("not enough")
+
+    with pytest.warns(UserWarning, match="'broken' fails and is left out, fine remain: MemoryError: not enough"):
+        assert fastest.fastest({"broken": broken, "fine": lambda: 1.0}, CPU).used == "fine"
+    with pytest.raises(MemoryError):
+        fastest.fastest({"broken": broken}, CPU)
