@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import background
 import interpreter
 import pytest
 import torch
@@ -19,7 +20,19 @@ def _same_start_for_every_test() -> None:
     torch.set_num_threads(1)  # on small tensors threads only wait for each other; native tests ask for more
 
 
+def _program(item: pytest.Item) -> object:
+    return getattr(getattr(item, "module", None), "BACKGROUND", None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        for program in dict.fromkeys(map(_program, session.items)):
+            if program is not None:
+                background.start(program)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _program(item) is not None)  # what waits for a program comes last
     if torch.cuda.is_available():
         return
     for item in items:

@@ -8,8 +8,10 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import background
 import pytest
 import torch
 
@@ -27,13 +29,22 @@ ENVIRONMENT = {
 NOT_MEASURED = "not measured: this is a rehearsal"
 
 
+def rehearse() -> tuple[subprocess.CompletedProcess, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder, "rows.json")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "--benchmark-only", "--rows", rows, "benchmarks/gpu"]
+        run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+        return run, rows.read_text() if rows.exists() else ""
+
+
+BACKGROUND = rehearse
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict:
-    rows = tmp_path_factory.mktemp("rehearsal") / "rows.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--benchmark-only", "--rows", rows, "benchmarks/gpu"]
-    run = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+def results() -> dict:
+    run, rows = background.result(rehearse)
     assert run.returncode == 0, run.stdout + run.stderr
-    return json.loads(rows.read_text())
+    return json.loads(rows)
 
 
 def test_every_race_has_its_row(results):

@@ -72,7 +72,8 @@ def main() -> None:
         for number in range(len(importlib.import_module(f"kernels.{stem}").BUILDS))
         for capability in (80, 90)
     ]
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    processes = max((os.cpu_count() or 1) - 1, 1)  # one is the tests'
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         json.dump(dict(pool.map(compiled, jobs, chunksize=4)), sys.stdout, indent=1)
 
 

@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import background
 import pytest
 
 pytest.importorskip("triton")
@@ -22,12 +24,20 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
 """Bytes of shared memory that one program may have."""
 
 
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory) -> dict[str, dict]:
+def compile_all() -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, Path(__file__).with_name("compile_builds.py")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as cache:
+        environment["TRITON_CACHE_DIR"] = cache
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+BACKGROUND = compile_all
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, dict]:
+    result = background.result(compile_all)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
