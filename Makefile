@@ -16,7 +16,7 @@ demo: $(STAMP)
 	.venv/bin/pecker-fast demo --output_dir runs/demo
 
 test: $(STAMP)
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n logical --dist loadfile
 
 bench: $(STAMP)
 	.venv/bin/python -m pytest benchmarks/ --benchmark-only

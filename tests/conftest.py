@@ -14,6 +14,10 @@ if not torch.cuda.is_available():  # Triton kernels then run in its interpreter;
         interpreter.repair()
 
 
+SHARED = "PYTEST_XDIST_WORKER" in os.environ
+"""Whether several processes share the tests (``pytest -n``)."""
+
+
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test() -> None:
     torch.manual_seed(0)
@@ -25,14 +29,15 @@ def _program(item: pytest.Item) -> object:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if not session.config.option.collectonly:
+    if not session.config.option.collectonly and not SHARED:  # else another process would start them too
         for program in dict.fromkeys(map(_program, session.items)):
             if program is not None:
                 background.start(program)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _program(item) is not None)  # what waits for a program comes last
+    # What waits for a program comes last; where processes share the tests, what takes longest comes first.
+    items.sort(key=lambda item: (_program(item) is not None) != SHARED)
     if torch.cuda.is_available():
         return
     for item in items:

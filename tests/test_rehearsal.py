@@ -20,7 +20,7 @@ pytest.importorskip("pytest_benchmark")
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
     "PECKER_FAST_REHEARSE": "1",
     "PYTHON": sys.executable,
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
