@@ -94,6 +94,14 @@ class DistillConfig:
         retain_weight: Weight of the losses on retained classes.
         forget_weight: Weight of the losses on forgotten classes.
         seed: Of every draw: labels, noise, timesteps, random masks.
+        fake_score_mask: Which weights of the fake score train, chosen as the generator's are; None trains all of them,
+            as published. Saliency is of the fake score's own loss, on retained and forgotten classes.
+        reuse_generator_forward: The generator's samples of the fake score's update serve its own update too, with fresh
+            timesteps and noise: two forwards less of 22. Same expectation, but both updates share starting noise and
+            labels, and the generator's dropout is on in both.
+        stop_gradient: The generator follows the difference of the scores as it is (Diff-Instruct, arXiv 2305.18455)
+            instead of SiD's loss, whose gradient goes through both networks: four forwards less. Another estimator;
+            ``sid_alpha`` has no say.
     """
 
     forget: tuple[int, ...]
@@ -118,6 +126,9 @@ class DistillConfig:
     retain_weight: float = 1.0
     forget_weight: float = 0.01
     seed: int = 0
+    fake_score_mask: MaskConfig | None = None
+    reuse_generator_forward: bool = False
+    stop_gradient: bool = False
 
     def __post_init__(self) -> None:
         for name in ("forget", "override", "sample_shape", "betas"):  # lists are welcome, and JSON has nothing else
@@ -125,6 +136,11 @@ class DistillConfig:
             object.__setattr__(self, name, None if value is None else tuple(value))
         if isinstance(self.mask, Mapping):
             object.__setattr__(self, "mask", MaskConfig.from_dict(self.mask))
+        if isinstance(self.fake_score_mask, Mapping):
+            object.__setattr__(self, "fake_score_mask", MaskConfig.from_dict(self.fake_score_mask))
+        for name in ("reuse_generator_forward", "stop_gradient"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"DistillConfig.{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("num_classes", "batch_size"):
             _positive_int(f"DistillConfig.{name}", getattr(self, name))
         if self.forget_batch_size is not None:

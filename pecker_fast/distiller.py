@@ -17,14 +17,14 @@ from tqdm import tqdm
 from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import apply_mask
 from pecker_fast.checkpoint import atomic_folder, write_json
-from pecker_fast.config import DistillConfig
+from pecker_fast.config import DistillConfig, MaskConfig
 from pecker_fast.delta import Delta
 from pecker_fast.delta.state import only_weights_changed
-from pecker_fast.draws import Draws
+from pecker_fast.draws import Batch, Draws
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask
 from pecker_fast.models import storage
-from pecker_fast.objectives import denoising_loss, sid_loss
+from pecker_fast.objectives import denoising_loss, score_difference_loss, sid_loss
 from pecker_fast.optim import MaskedAdamW
 from pecker_fast.saliency import compute_saliency
 from pecker_fast.sampling import one_step_sample
@@ -94,17 +94,27 @@ class MaskedDistiller:
             The mask.
         """
         mask = self.config.mask
-        if mask.kind == "dense":
-            return self.use_mask(BlockMask.dense(self.generator))
-        if mask.kind == "random":
-            return self.use_mask(BlockMask.random(self.generator, mask.density, mask.block, self.config.seed))
         if batches is None:
             batches = (self._forget_batch() for _ in range(mask.batches))
-        saliency = compute_saliency(self.generator, self._saliency_loss, batches, mask.accumulate)
-        return self.use_mask(BlockMask.from_saliency(saliency, mask.density, mask.block, mask.scope))
+        return self.use_mask(self._chosen(self.generator, mask, batches))
 
-    def use_mask(self, mask: BlockMask) -> BlockMask:
+    def _chosen(self, network: nn.Module, mask: MaskConfig, batches: Iterable[tuple[Tensor, Tensor]]) -> BlockMask:
+        if mask.kind == "dense":
+            return BlockMask.dense(network)
+        if mask.kind == "random":
+            return BlockMask.random(network, mask.density, mask.block, self.config.seed)
+        saliency = compute_saliency(network, self._saliency_loss, batches, mask.accumulate)
+        return BlockMask.from_saliency(saliency, mask.density, mask.block, mask.scope)
+
+    def use_mask(self, mask: BlockMask, fake_score_mask: BlockMask | None = None) -> BlockMask:
         """Train with a given mask, for example one read from a file.
+
+        Args:
+            mask: Of the generator.
+            fake_score_mask: Of the fake score; None chooses it as ``config.fake_score_mask`` says.
+
+        Returns:
+            ``mask``.
 
         Raises:
             RuntimeError: A mask is in use already.
@@ -116,7 +126,13 @@ class MaskedDistiller:
         self.active = apply_mask(self.generator, mask)
         self.mask = mask
         self.generator_optimizer = self._optimizer(self.active, config.generator_lr, config.ema_decay)
-        fake_active = apply_mask(self.fake_score, BlockMask.dense(self.fake_score), unmaskable="dense")
+        if fake_score_mask is None:
+            of_fake_score = config.fake_score_mask or MaskConfig(kind="dense")
+            batches = (self._batch_of_all() for _ in range(of_fake_score.batches))
+            fake_score_mask = self._chosen(self.fake_score, of_fake_score, batches)
+        self.fake_score_mask = fake_score_mask
+        all_of_it = all(parameter.is_full for parameter in fake_score_mask.parameters.values())
+        fake_active = apply_mask(self.fake_score, fake_score_mask, unmaskable="dense" if all_of_it else "frozen")
         self.fake_score_optimizer = self._optimizer(fake_active, config.fake_score_lr, None)
         return mask
 
@@ -142,6 +158,12 @@ class MaskedDistiller:
         by_density = rule == "density" or self.mask.mass is None  # chance has as much mass as density
         return 1 / density if by_density else 1 / math.sqrt(cast(float, self.mask.mass) * density)
 
+    def _batch_of_all(self) -> tuple[Tensor, Tensor]:
+        """What the fake score trains on: samples of retained and forgotten classes."""
+        batch = self.draws.batch()
+        with torch.no_grad():
+            return self._generate(batch.noise, batch.labels), batch.labels
+
     def _forget_batch(self) -> tuple[Tensor, Tensor]:
         labels = self.draws.forgotten(self.config.mask.batch_size)
         with torch.no_grad():
@@ -163,7 +185,8 @@ class MaskedDistiller:
         """
         if self.mask is None:
             self.build_mask()
-        metrics = {"fake_score_loss": self._update_fake_score(), "generator_loss": self._update_generator()}
+        shared = self._samples() if self.config.reuse_generator_forward else None
+        metrics = {"fake_score_loss": self._update_fake_score(shared), "generator_loss": self._update_generator(shared)}
         self.steps_done += 1
         return metrics
 
@@ -190,33 +213,45 @@ class MaskedDistiller:
                     )
             yield {"step": self.steps_done, **metrics}
 
-    def _update_fake_score(self) -> Tensor:
+    def _samples(self) -> tuple[Batch, Tensor]:
+        """What the generator learns from: a batch, and its samples with their graph."""
+        self.generator.train()
+        self.generator_optimizer.zero_grad()
+        batch = self.draws.batch()
+        return batch, self._generate(batch.noise, batch.labels)
+
+    def _update_fake_score(self, shared: tuple[Batch, Tensor] | None = None) -> Tensor:
         """The fake score learns the generator's samples: noise prediction on x0 = G(z, c), the generator fixed."""
         optimizer = self.fake_score_optimizer
-        self.generator.eval()
         self.fake_score.train()
         optimizer.active.requires_grad_(True)
         optimizer.zero_grad()
-        batch = self.draws.batch()
-        with torch.no_grad():
-            x0 = self._generate(batch.noise, batch.labels)
+        if shared is None:
+            self.generator.eval()
+            batch = self.draws.batch()
+            with torch.no_grad():
+                x0 = self._generate(batch.noise, batch.labels)
+        else:
+            batch, x0 = shared[0], shared[1].detach()
         x_t = self.schedule.add_noise(x0, batch.epsilon, batch.t)
         losses = denoising_loss(batch.epsilon, self._predict(self.fake_score, x_t, batch.t, batch.labels))
         return self._step(optimizer, (batch.weights * losses).sum(), self.config.fake_score_lr)
 
-    def _update_generator(self) -> Tensor:
+    def _update_generator(self, shared: tuple[Batch, Tensor] | None = None) -> Tensor:
         """The generator moves its samples to where the true score, asked for the target class, wants them."""
-        optimizer = self.generator_optimizer
-        self.generator.train()
+        optimizer, config = self.generator_optimizer, self.config
         self.fake_score.eval()
         self.fake_score_optimizer.active.requires_grad_(False)
-        optimizer.zero_grad()
-        batch = self.draws.batch()
-        x_t = self.schedule.add_noise(self._generate(batch.noise, batch.labels), batch.epsilon, batch.t)
-        epsilon_true = self._predict(self.true_score, x_t, batch.t, batch.targets)
-        epsilon_fake = self._predict(self.fake_score, x_t, batch.t, batch.labels)
+        batch, x0 = self._samples() if shared is None else (self.draws.again(shared[0]), shared[1])
+        x_t = self.schedule.add_noise(x0, batch.epsilon, batch.t)
+        with torch.no_grad() if config.stop_gradient else nullcontext():
+            epsilon_true = self._predict(self.true_score, x_t, batch.t, batch.targets)
+            epsilon_fake = self._predict(self.fake_score, x_t, batch.t, batch.labels)
         sigma = self.schedule.sigma(batch.t, x_t).flatten()
-        losses = sid_loss(batch.epsilon, epsilon_true, epsilon_fake, sigma, self.config.sid_alpha)
+        if config.stop_gradient:
+            losses = score_difference_loss(x0, batch.epsilon, epsilon_true, epsilon_fake, sigma)
+        else:
+            losses = sid_loss(batch.epsilon, epsilon_true, epsilon_fake, sigma, config.sid_alpha)
         return self._step(optimizer, (batch.weights * losses).sum(), self.config.generator_lr * self.lr_scale)
 
     def _step(self, optimizer: MaskedAdamW, loss: Tensor, lr: float) -> Tensor:
@@ -311,11 +346,13 @@ class MaskedDistiller:
         """Everything that the next step depends on: tensors, numbers and strings only."""
         if self.mask is None:
             raise RuntimeError("no state yet: call build_mask() first")
-        tensors, header = self.mask.to_tensors()
+        (mask, header), (fake_mask, fake_header) = (m.to_tensors() for m in (self.mask, self.fake_score_mask))
         return {
             "steps_done": self.steps_done,
-            "mask": tensors,
+            "mask": mask,
             "mask_header": header,
+            "fake_score_mask": fake_mask,
+            "fake_score_mask_header": fake_header,
             "generator": self.generator.state_dict(),
             "fake_score": self.fake_score.state_dict(),
             "generator_optimizer": self.generator_optimizer.state_dict(),
@@ -329,10 +366,12 @@ class MaskedDistiller:
         Raises:
             ValueError: The state has another mask than the one in use.
         """
-        mask = BlockMask.from_tensors(state["mask"], state["mask_header"])
+        mask, fake_score_mask = (
+            BlockMask.from_tensors(state[name], state[f"{name}_header"]) for name in ("mask", "fake_score_mask")
+        )
         if self.mask is None:
-            self.use_mask(mask)
-        elif self.mask != mask:
+            self.use_mask(mask, fake_score_mask)
+        elif self.mask != mask or self.fake_score_mask != fake_score_mask:
             raise ValueError("the state was saved with another mask; load it into a new MaskedDistiller")
         self.generator.load_state_dict(state["generator"])
         self.fake_score.load_state_dict(state["fake_score"])

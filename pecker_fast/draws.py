@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class Draws:
         forgotten = self.forgotten()
         forget = self._samples(forgotten, self.override(forgotten), config.forget_weight)
         return Batch(*(torch.cat(pair) for pair in zip(retain, forget, strict=True)))
+
+    def again(self, batch: Batch) -> Batch:
+        """The same samples at fresh timesteps, with fresh noise."""
+        t = self.timesteps(len(batch.t), self.config.t_min, self.config.t_max)
+        return replace(batch, t=t, epsilon=self.noise(len(batch.t)))
 
     def forgotten(self, count: int | None = None) -> Tensor:
         """Forgotten classes, (count,); as many as an update takes if not told."""

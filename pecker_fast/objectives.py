@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pecker_fast.ops.sid_loss import sid_loss
+from pecker_fast.ops.sid_loss import OMEGA_MIN, sid_loss
 
-__all__ = ["denoising_loss", "sid_loss"]
+__all__ = ["denoising_loss", "score_difference_loss", "sid_loss"]
 
 
 def denoising_loss(epsilon: Tensor, prediction: Tensor) -> Tensor:
@@ -32,3 +32,30 @@ def denoising_loss(epsilon: Tensor, prediction: Tensor) -> Tensor:
             f"denoising_loss: expected a prediction of shape {tuple(epsilon.shape)}, got {tuple(prediction.shape)}"
         )
     return (epsilon - prediction).square().flatten(1).sum(1)
+
+
+def score_difference_loss(
+    x0: Tensor, epsilon: Tensor, epsilon_true: Tensor, epsilon_fake: Tensor, sigma: Tensor
+) -> Tensor:
+    """Loss of every sample whose gradient is the difference of the scores, with no part through the networks.
+
+    Diff-Instruct (Luo et al. 2023, arXiv 2305.18455) in the form that Score Forgetting Distillation's code has: with
+    ``d = epsilon_fake - epsilon_true`` and ``omega = clamp(sigma * mean|epsilon - epsilon_true|, 1e-5)`` the gradient
+    with respect to x0 is ``-sigma * d / omega``; the value is that of ``sid_loss`` with alpha 1.
+
+    Args:
+        x0: Samples of the generator, (batch, ...); the loss is differentiable in these alone.
+        epsilon: Noise that was added, same shape.
+        epsilon_true: Prediction of the true score, same shape.
+        epsilon_fake: Prediction of the fake score, same shape.
+        sigma: b / a at each sample's timestep, (batch,).
+
+    Returns:
+        (batch,).
+    """
+    shape = (-1, *[1] * (x0.dim() - 1))
+    epsilon_true, epsilon_fake = epsilon_true.detach(), epsilon_fake.detach()
+    omega = (sigma * (epsilon - epsilon_true).flatten(1).abs().mean(1)).clamp(min=OMEGA_MIN)
+    direction = (sigma / omega).view(shape) * (epsilon_fake - epsilon_true)
+    missing = sigma.view(shape) * (epsilon - epsilon_fake) + x0.detach() - x0
+    return (direction * missing).flatten(1).sum(1)
