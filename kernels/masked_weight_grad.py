@@ -56,6 +56,13 @@ def _finish(
 
 
 @triton.jit
+def _input_of_tap(source, inside, column, n_inside, in_channels, TAP: tl.constexpr, WIDTH: tl.constexpr):
+    """The input under one tap of a kernel row; zeros beyond the left and right border."""
+    inside = inside & (column >= -TAP) & (column < WIDTH - TAP)
+    return tl.load(source + TAP * in_channels, mask=inside[:, None] & n_inside, other=0.0)
+
+
+@triton.jit
 def weight_grad_kernel(
     grad_output, input, table, out, tiles, positions, split_positions, out_channels, in_channels,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
@@ -103,20 +110,12 @@ def weight_grad_kernel(
             position = (k // (OUT_HEIGHT * OUT_WIDTH) * HEIGHT + y) * WIDTH + column
             k_inside = k_inside & (y >= 0) & (y < HEIGHT)
             source = input + position[:, None] * in_channels + n[None, :]
-            x = tl.load(source, mask=(k_inside & (column >= 0) & (column < WIDTH))[:, None] & n_inside, other=0.0)
+            x = _input_of_tap(source, k_inside, column, n_inside, in_channels, 0, WIDTH)
             left = tl.dot(grad, x, left, input_precision=PRECISION)
             if KERNEL == 3:
-                x = tl.load(
-                    source + in_channels,
-                    mask=(k_inside & (column >= -1) & (column < WIDTH - 1))[:, None] & n_inside,
-                    other=0.0,
-                )
+                x = _input_of_tap(source, k_inside, column, n_inside, in_channels, 1, WIDTH)
                 middle = tl.dot(grad, x, middle, input_precision=PRECISION)
-                x = tl.load(
-                    source + 2 * in_channels,
-                    mask=(k_inside & (column >= -2) & (column < WIDTH - 2))[:, None] & n_inside,
-                    other=0.0,
-                )
+                x = _input_of_tap(source, k_inside, column, n_inside, in_channels, 2, WIDTH)
                 right = tl.dot(grad, x, right, input_precision=PRECISION)
 
     tap = tap_row * KERNEL
