@@ -22,6 +22,7 @@ from pecker_fast.delta import Delta
 from pecker_fast.delta.state import only_weights_changed
 from pecker_fast.draws import Batch, Draws
 from pecker_fast.errors import NonFiniteError
+from pecker_fast.iteration_flops import IterationFlops, iteration_flops
 from pecker_fast.mask import BlockMask
 from pecker_fast.models import storage
 from pecker_fast.objectives import denoising_loss, score_difference_loss, sid_loss
@@ -189,6 +190,29 @@ class MaskedDistiller:
         metrics = {"fake_score_loss": self._update_fake_score(shared), "generator_loss": self._update_generator(shared)}
         self.steps_done += 1
         return metrics
+
+    def flops(self, steps: int | None = None) -> IterationFlops:
+        """What one ``step`` computes by network and by kind, 2 a multiply-add, as ``torch.utils.flop_counter`` counts.
+
+        Nothing is computed and nothing of the run changes: the step runs on a copy whose weights have no data. Hooks
+        that the networks carry run there too. Counted are matrix products, convolutions and attention, our own ops
+        included, on every device; elementwise work, norms and optimizers are not. Recomputed forward passes count as
+        forward, the backward pass of attention as input gradient.
+
+        Args:
+            steps: Iterations that share the cost of the mask; None leaves that cost apart.
+
+        Returns:
+            "generator", "true_score" and "fake_score", each {"forward", "input_gradient", "weight_gradient"}; "total",
+            of one iteration; "mask": what ``build_mask()`` computes by ``config.mask`` when it draws its own samples,
+            once, with the same kinds and "total", all zero unless the kind is "saliency". With ``steps`` also
+            "steps" and "per_step" in "mask", and "total_with_mask": an iteration and its share of the mask.
+
+        Raises:
+            RuntimeError: There is no mask yet.
+            ValueError: ``steps`` is not a positive integer.
+        """
+        return iteration_flops(self, steps)
 
     def run(self, steps: int, *, progress: bool = True, label: str = "unlearn") -> Iterator[dict[str, float]]:
         """Iterate ``steps`` times, with a progress bar.

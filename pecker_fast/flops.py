@@ -36,6 +36,15 @@ def count_flops() -> Iterator[FlopCount]:
         count.total = mode.get_total_flops()
 
 
+def formulas() -> dict[Any, Callable[..., int]]:
+    """Operator -> its FLOPs by arguments and ``out_val``, as ``count_flops`` counts them."""
+    register_flops()
+    registry: dict[Any, Callable[..., int]] = FlopCounterMode(
+        display=False, custom_mapping=_CPU_ATTENTION
+    ).flop_registry
+    return registry
+
+
 def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
