@@ -22,7 +22,6 @@ from pecker_fast.delta import Delta
 from pecker_fast.delta.state import only_weights_changed
 from pecker_fast.draws import Batch, Draws
 from pecker_fast.errors import NonFiniteError
-from pecker_fast.iteration_flops import IterationFlops, iteration_flops
 from pecker_fast.mask import BlockMask
 from pecker_fast.models import storage
 from pecker_fast.objectives import denoising_loss, score_difference_loss, sid_loss
@@ -191,7 +190,7 @@ class MaskedDistiller:
         self.steps_done += 1
         return metrics
 
-    def flops(self, steps: int | None = None) -> IterationFlops:
+    def flops(self, steps: int | None = None) -> dict[str, Any]:
         """What one ``step`` computes by network and by kind, 2 a multiply-add, as ``torch.utils.flop_counter`` counts.
 
         Nothing is computed and nothing of the run changes: the step runs on a copy whose weights have no data. Hooks
@@ -212,6 +211,8 @@ class MaskedDistiller:
             RuntimeError: There is no mask yet.
             ValueError: ``steps`` is not a positive integer.
         """
+        from pecker_fast.iteration_flops import iteration_flops  # torch's counter imports triton if it is there
+
         return iteration_flops(self, steps)
 
     def run(self, steps: int, *, progress: bool = True, label: str = "unlearn") -> Iterator[dict[str, float]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,9 @@ _PASSING = frozenset(
 """Nodes between a weight and the product that uses it: another view, dtype or place of the same numbers."""
 
 
-class FlopTable(TorchDispatchMode):
-    """Within the block every FLOP goes to a network and a kind; call it like ``count_flops``, once.
+@contextmanager
+def count_by_network(networks: Mapping[str, nn.Module]) -> Iterator[FlopTable]:
+    """As ``count_flops``, and every FLOP goes to a network and a kind.
 
     In the forward pass it is the network whose root module runs. In the backward pass it is the one whose forward pass
     made the autograd node that runs: when a root module returns, the graph behind its output gets hooks. Kinds:
@@ -41,12 +43,26 @@ class FlopTable(TorchDispatchMode):
     * any other backward, that of fused attention above all, is an input gradient: it has no weights;
     * anything else in a backward pass is a forward pass done again, as checkpointing does.
 
+    Args:
+        networks: Root modules by name; they have hooks until the block ends.
+
+    Yields:
+        The table, which fills as the block runs.
+    """
+    table = FlopTable(networks)
+    try:
+        with table:
+            yield table
+    finally:
+        table.let_go()
+
+
+class FlopTable(TorchDispatchMode):
+    """What ``count_by_network`` has counted.
+
     Attributes:
         counts: Network -> kind -> FLOPs.
         outside: FLOPs that belong to none of the networks.
-
-    Args:
-        networks: Root modules by name. They keep hooks: give copies.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
@@ -58,18 +74,22 @@ class FlopTable(TorchDispatchMode):
         self._differentiated: str | None = None
         self._products: list[tuple[Any, int, Tensor]] = []
         self._claimed: set[Any] = set()
+        self._hooks = []
         for name, network in networks.items():
-            network.register_forward_pre_hook(partial(self._enter_forward, name))
-            network.register_forward_hook(partial(self._leave_forward, name), with_kwargs=True)
+            self._hooks.append(network.register_forward_pre_hook(partial(self._enter_forward, name)))
+            leave = partial(self._leave_forward, name)
+            self._hooks.append(network.register_forward_hook(leave, with_kwargs=True))
 
     @property
     def total(self) -> int:
         """Everything that was counted."""
         return self.outside + sum(sum(kinds.values()) for kinds in self.counts.values())
 
-    def __exit__(self, *error: Any) -> None:
-        self._claimed.clear()  # nodes hold hooks, which hold this
-        super().__exit__(*error)
+    def let_go(self) -> None:
+        """Take the hooks back, and drop the nodes, whose hooks hold this."""
+        for hook in self._hooks:
+            hook.remove()
+        self._claimed.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

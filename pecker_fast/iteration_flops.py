@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from pecker_fast import step_hooks
 from pecker_fast.config import DistillConfig
 from pecker_fast.draws import Draws
-from pecker_fast.flop_table import KINDS, FlopTable
+from pecker_fast.flop_table import KINDS, count_by_network
 from pecker_fast.layers import MaskedLayer, unmask_layer
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE
@@ -54,9 +54,9 @@ def iteration_flops(distiller: Distiller, steps: int | None = None) -> Iteration
     if distiller.mask is None:
         raise RuntimeError("no mask yet, and the count depends on it: call build_mask() first")
     rehearsal = _without_data(distiller)
-    with FlopTable({name: getattr(rehearsal, name) for name in NETWORKS}) as table:
+    with count_by_network({name: getattr(rehearsal, name) for name in NETWORKS}) as table:
         rehearsal.step()
-    mask = _mask_flops(distiller)
+    mask = _mask_flops(rehearsal)
     counted: IterationFlops = {**table.counts, "total": table.total, "mask": mask}
     if steps is not None:
         mask |= {"steps": steps, "per_step": round(mask["total"] / steps)}
@@ -64,13 +64,12 @@ def iteration_flops(distiller: Distiller, steps: int | None = None) -> Iteration
     return counted
 
 
-def _mask_flops(distiller: Distiller) -> dict[str, int]:
+def _mask_flops(rehearsal: Distiller) -> dict[str, int]:
     """One batch of the saliency pass, times their number; a mask that looks at nothing is free."""
-    config, counts = distiller.config.mask, dict.fromkeys(KINDS, 0)
+    config, counts = rehearsal.config.mask, dict.fromkeys(KINDS, 0)
     if config.kind == "saliency":
-        rehearsal = _without_data(distiller)
-        weights = _unmasked_weights(rehearsal.generator, distiller.mask)
-        with FlopTable({"generator": rehearsal.generator}) as table:
+        weights = _unmasked_weights(rehearsal.generator, rehearsal.mask)
+        with count_by_network({"generator": rehearsal.generator}) as table:
             loss = rehearsal._saliency_loss(rehearsal.generator, rehearsal._forget_batch())
             torch.autograd.grad(loss, weights, allow_unused=True)
         counts = {kind: config.batches * flops for kind, flops in table.counts["generator"].items()}

@@ -216,9 +216,13 @@ def _doctor(commands: Any) -> None:
         commands,
         "doctor",
         "versions, and which backend is used for what, and why",
-        "pecker-fast doctor --measure",
+        "pecker-fast doctor --measure\n  pecker-fast doctor --flops --mask_density 0.1 --block row",
     )
-    parser.add_argument(
-        "--measure", action="store_true", help="time the ways to compute masked weight gradients on this machine"
-    )
+    add = parser.add_argument
+    add("--measure", action="store_true", help="time the ways to compute masked weight gradients on this machine")
+    add("--flops", action="store_true", help="count an iteration of the distiller by network and kind; for that:")
+    add("--model", type=Path, metavar="DIR", help="a diffusion model's folder (the DDPM UNet of CIFAR-10)")
+    density_flag(parser, None)
+    add("--block", type=block, metavar="BLOCK", help=BLOCK_HELP.format("auto"))
+    add("--max_train_steps", type=positive_int, metavar="N", help="steps that share the cost of the mask")
     device_flag(parser)

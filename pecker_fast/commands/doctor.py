@@ -13,15 +13,17 @@ import torch
 
 import pecker_fast
 from pecker_fast import native
-from pecker_fast.commands import Outcome
+from pecker_fast.commands import Outcome, iteration
 from pecker_fast.commands.source import torch_device
 from pecker_fast.crossovers import Measured, measure_crossovers
 
 _PACKAGES = ("torch", "numpy", "safetensors", "triton", "diffusers", "matplotlib", "scikit-learn")
+_OF_FLOPS = ("model", "mask_density", "block", "max_train_steps")
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Look around; nothing is changed, and optional packages are not imported."""
+    _refuse_idle_flags(options)
     versions = {"pecker_fast": pecker_fast.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _PACKAGES}
     build: Any = native.load().build_info() if native.available() else native.why_not()
@@ -41,11 +43,21 @@ def run(options: argparse.Namespace) -> Outcome:
     values = {"versions": versions, "machine": machine, "native": build, "backends": choices}
     sections = {"versions": versions, "machine": machine, "native": build}
     text = "\n\n".join([*(_section(name, entries) for name, entries in sections.items()), f"backends\n{table!r}"])
-    if not options.measure:
-        return Outcome(values, text)
-    measured = measure_crossovers(torch_device(options.device), progress=not options.quiet)
-    rows = [{"layer": m.layer, "block": m.block, "density": m.density, **asdict(m.choice)} for m in measured]
-    return Outcome(values | {"weight_gradients": rows}, f"{text}\n\n{_crossovers(measured)}")
+    if options.measure:
+        measured = measure_crossovers(torch_device(options.device), progress=not options.quiet)
+        rows = [{"layer": m.layer, "block": m.block, "density": m.density, **asdict(m.choice)} for m in measured]
+        values, text = values | {"weight_gradients": rows}, f"{text}\n\n{_crossovers(measured)}"
+    if options.flops:
+        counted, lines = iteration.count(options)
+        values, text = values | {"flops": counted}, f"{text}\n\n{lines}"
+    return Outcome(values, text)
+
+
+def _refuse_idle_flags(options: argparse.Namespace) -> None:
+    """Flags of a count that is not asked for."""
+    for flag in _OF_FLOPS:
+        if getattr(options, flag) is not None and not options.flops:
+            raise ValueError(f"--{flag} says what --flops counts; add --flops")
 
 
 def _crossovers(measured: list[Measured]) -> str:
