@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported only now, so that --help and usage errors come at once.
         outcome = importlib.import_module(f"pecker_fast.commands.{options.command}").run(options)
         _print(outcome, options)
-    except KeyboardInterrupt:
-        return _fail(options, "interrupted; nothing was written", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(options, f"interrupted; {str(interrupt) or 'nothing was written'}", INTERRUPTED)
     except NonFiniteError as error:
         return _fail(options, error, NON_FINITE)
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does

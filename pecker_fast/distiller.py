@@ -8,18 +8,23 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pecker_fast import distill_checkpoint
 from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import apply_mask
-from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
 from pecker_fast.config import DistillConfig, MaskConfig
 from pecker_fast.delta import Delta
 from pecker_fast.delta.state import only_weights_changed
+from pecker_fast.distill_checkpoint import Checkpoint
+from pecker_fast.distill_parts import agreed_parts
+from pecker_fast.distill_ranks import Ranks
 from pecker_fast.draws import Batch, Draws
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask
@@ -30,6 +35,9 @@ from pecker_fast.saliency import compute_saliency
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class MaskedDistiller:
@@ -48,8 +56,13 @@ class MaskedDistiller:
         schedule: The noise schedule it was trained with.
         config: What to forget, and how.
         generator: Where the one-step generator starts; None starts from the true score itself.
+        process_group: Train together with these processes, one distiller in each, made of the same true score and
+            config: every rank draws samples of its own (``config.batch_size`` of them), the gradients of either
+            network are averaged in one all-reduce, the first rank makes the mask and writes the files. Every rank
+            calls every method; losses are its own. None trains alone.
 
     Raises:
+        RuntimeError: This process is not in ``process_group``.
         ValueError: ``config`` names timesteps that the schedule does not have.
     """
 
@@ -60,6 +73,7 @@ class MaskedDistiller:
         config: DistillConfig,
         *,
         generator: nn.Module | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         last = max(config.t_init, config.t_max - 1)
         if last >= schedule.num_train_timesteps:
@@ -76,7 +90,8 @@ class MaskedDistiller:
         self.true_score = true_score.eval().requires_grad_(False)
         weight = next(true_score.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.draws = Draws(config, self.device, self.dtype)
+        self.ranks = Ranks(process_group, self.device)
+        self.draws = Draws(config, self.device, self.dtype, self.ranks.seed(config.seed))
         self.steps_done = 0
         self.mask: BlockMask | None = None
 
@@ -93,10 +108,13 @@ class MaskedDistiller:
         Returns:
             The mask.
         """
+        return self.use_mask(self.ranks.shared_mask(lambda: self._make_mask(batches)))
+
+    def _make_mask(self, batches: Iterable[tuple[Tensor, Tensor]] | None) -> BlockMask:
         mask = self.config.mask
         if batches is None:
             batches = (self._forget_batch() for _ in range(mask.batches))
-        return self.use_mask(self._chosen(self.generator, mask, batches))
+        return self._chosen(self.generator, mask, batches)
 
     def _chosen(self, network: nn.Module, mask: MaskConfig, batches: Iterable[tuple[Tensor, Tensor]]) -> BlockMask:
         if mask.kind == "dense":
@@ -117,11 +135,13 @@ class MaskedDistiller:
             ``mask``.
 
         Raises:
-            RuntimeError: A mask is in use already.
+            RuntimeError: A mask is in use already; or another rank has another mask, true score, generator or config.
             ValueError: It was made for another network.
         """
         if self.mask is not None:
             raise RuntimeError("the distiller has a mask already; make a new MaskedDistiller for another one")
+        if self.ranks.group is not None:
+            self.ranks.check_same(agreed_parts(self, mask))
         config = self.config
         self.active = apply_mask(self.generator, mask)
         self.mask = mask
@@ -129,7 +149,7 @@ class MaskedDistiller:
         if fake_score_mask is None:
             of_fake_score = config.fake_score_mask or MaskConfig(kind="dense")
             batches = (self._batch_of_all() for _ in range(of_fake_score.batches))
-            fake_score_mask = self._chosen(self.fake_score, of_fake_score, batches)
+            fake_score_mask = self.ranks.shared_mask(lambda: self._chosen(self.fake_score, of_fake_score, batches))
         self.fake_score_mask = fake_score_mask
         all_of_it = all(parameter.is_full for parameter in fake_score_mask.parameters.values())
         fake_active = apply_mask(self.fake_score, fake_score_mask, unmaskable="dense" if all_of_it else "frozen")
@@ -229,7 +249,7 @@ class MaskedDistiller:
         Raises:
             NonFiniteError: A loss is NaN or infinite.
         """
-        for _ in tqdm(range(steps), desc=label, unit="step", disable=not progress):
+        for _ in tqdm(range(steps), desc=label, unit="step", disable=not progress or self.ranks.rank > 0):
             metrics = {name: float(value) for name, value in self.step().items()}
             for name, value in metrics.items():
                 if not math.isfinite(value):
@@ -283,6 +303,8 @@ class MaskedDistiller:
         warmup = self.config.warmup_steps
         optimizer.param_groups[0]["lr"] = lr * min(1.0, (self.steps_done + 1) / warmup) if warmup else lr
         loss.backward()
+        if self.ranks.group is not None:
+            optimizer.active.all_reduce_(self.ranks.group)
         optimizer.step()
         return loss.detach()
 
@@ -344,17 +366,20 @@ class MaskedDistiller:
         """
         if self.mask is None:
             raise RuntimeError("nothing to save: call build_mask() and step() first")
+        with self.ranks.first_writes() as mine:
+            if mine:
+                self._write(folder, self.mask)
+
+    def _write(self, folder: StrPath, mask: BlockMask) -> None:
         with atomic_folder(folder) as unfinished, self.averaged() as generator:
             (unfinished / "model").mkdir()
             if self._from_true_score and only_weights_changed(self.true_score, generator):
                 name = f"forget {', '.join(map(str, self.config.forget))}"
                 metadata = {"distill_config": self.config.to_dict(), "generation": self.generation}
-                delta = Delta.extract(
-                    self.true_score, generator, self.mask, name=name, metadata=metadata, progress=False
-                )
+                delta = Delta.extract(self.true_score, generator, mask, name=name, metadata=metadata, progress=False)
                 delta.save(unfinished / "delta")
             storage.write_model(generator, unfinished / "model", self.generation)
-            self.mask.save(unfinished / "mask.safetensors")
+            mask.save(unfinished / "mask.safetensors")
             write_json(unfinished / "distill_config.json", self.config.to_dict())
 
     @property
@@ -404,3 +429,44 @@ class MaskedDistiller:
         self.fake_score_optimizer.load_state_dict(state["fake_score_optimizer"])
         self.draws.rng.set_state(state["rng"])
         self.steps_done = state["steps_done"]
+
+    def save_checkpoint(
+        self, root: StrPath, *, total_limit: int | None = None, extra: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write ``root/checkpoint-{step}``: all that the next step depends on, without the weights that never change.
+
+        It appears complete or not at all. Nothing is pickled.
+
+        Args:
+            root: The folder that checkpoints are in.
+            total_limit: Afterwards remove checkpoints of the lowest steps until so many are left; None keeps all.
+            extra: JSON values of the caller's own, which ``load_checkpoint`` gives back.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileFormatError: It cannot be written; older checkpoints stay as they were.
+            RuntimeError: There is no mask yet.
+            ValueError: ``total_limit`` is below 1, or ``extra`` holds NaN.
+        """
+        return distill_checkpoint.save(self, root, total_limit=total_limit, extra=extra)
+
+    def load_checkpoint(self, checkpoint: StrPath, root: StrPath | None = None) -> Checkpoint:
+        """Continue from a checkpoint: the next step is the one that would have come, to the bit, dropout included.
+
+        torch's global random state becomes that of the checkpoint too. A refused call changes nothing.
+
+        Args:
+            checkpoint: Its folder, or "latest": the finished one of the highest step in ``root``.
+            root: The folder that checkpoints are in; ``checkpoint`` is looked up in it.
+
+        Returns:
+            Its folder, step, and what the caller saved along with it.
+
+        Raises:
+            FileFormatError: It is missing, unfinished or damaged, or ``root`` has none.
+            ValueError: It was saved with other settings, another mask, true score or starting generator, or on another
+                kind of device.
+        """
+        return distill_checkpoint.load(self, checkpoint, root)

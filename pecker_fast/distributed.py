@@ -117,16 +117,20 @@ def fingerprint(dtype: torch.dtype, parameters: Iterable[tuple[str, ParameterMas
     return digest.digest()
 
 
+def gather_rows(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's tensor (n,) as a row, (world_size, n); every rank must call it."""
+    rows = own.new_empty(dist.get_world_size(group) * len(own))
+    _all_gather(rows, own, group)
+    return rows.view(-1, len(own))
+
+
 def check_agreement(own: bytes, device: torch.device, group: dist.ProcessGroup) -> None:
     """Compare fingerprints; every rank must call it, and every rank raises.
 
     Raises:
         RuntimeError: Another rank has another one.
     """
-    mine = torch.tensor(list(own), dtype=torch.uint8, device=device)
-    rows = mine.new_empty(dist.get_world_size(group) * len(own))
-    _all_gather(rows, mine, group)
-    theirs = rows.view(-1, len(own))
+    theirs = gather_rows(torch.tensor(list(own), dtype=torch.uint8, device=device), group)
     others = [rank for rank, row in enumerate(theirs) if not torch.equal(row, theirs[0])]
     if others:
         raise RuntimeError(

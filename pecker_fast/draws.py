@@ -38,13 +38,16 @@ class Draws:
         config: Classes, batch sizes, timesteps, seed.
         device: Where the draws are made.
         dtype: Of noise and weights; the draws are the same whatever it is.
+        seed: Where they begin; None takes ``config.seed``.
     """
 
-    def __init__(self, config: DistillConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DistillConfig, device: torch.device, dtype: torch.dtype, seed: int | None = None
+    ) -> None:
         self.config = config
         self.device = device
         self.dtype = dtype
-        self.rng = torch.Generator(device).manual_seed(config.seed)
+        self.rng = torch.Generator(device).manual_seed(config.seed if seed is None else seed)
         # On the device once, so that no step waits for a copy.
         self._tables = {labels: torch.tensor(labels, device=device) for labels in (config.retained, config.forget)}
         self._override = _override_table(config, device)

@@ -104,6 +104,14 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     add("--mask_lr_scale", choices=("none", "density", "mass"), help="scale the learning rate to the mask (none)")
 
 
+def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """Checkpoints on the way, in the output folder."""
+    add = parser.add_argument
+    add("--checkpointing_steps", type=positive_int, metavar="N", help="write a checkpoint every N steps (never)")
+    add("--checkpoints_total_limit", type=positive_int, metavar="N", help="remove the oldest beyond N (keep all)")
+    add("--resume_from_checkpoint", metavar="DIR", help="continue from this checkpoint, or from the latest one")
+
+
 def cache_flags(parser: argparse.ArgumentParser) -> None:
     """The networks of the digits."""
     parser.add_argument(

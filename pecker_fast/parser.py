@@ -13,6 +13,7 @@ from pecker_fast.flags import (
     Parser,
     block,
     cache_flags,
+    checkpoint_flags,
     density_flag,
     device_flag,
     forget_flag,
@@ -169,6 +170,7 @@ def _unlearn(commands: Any) -> None:
         metavar="DIR",
         help="gets model/, the mask, settings and losses",
     )
+    checkpoint_flags(parser)
     device_flag(parser)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from models import conv_net
+from processes import WORLD_SIZE, join, leave
 from torch import nn
 
 from pecker_fast import ActiveParameters, BlockMask, MaskedAdamW, apply_mask, change_mask
 
-WORLD_SIZE, STEPS = 2, 4
+STEPS = 4
 MASKS = {"row": (0.3, "row"), "odd": (1001 / 13050, "element"), "tile": (0.4, (8, 8))}
 SETTINGS = {
     "plain": {"weight_decay": 0.1},
@@ -177,22 +177,13 @@ def branches(rank, folder):
 
 
 def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, folder)
     scenes = (all_reduce, one_all_reduce, ddp, resumed, refreshed, other_masks, branches)
     results = {scene.__name__: scene(rank, folder) for scene in scenes}
     for mask in MASKS:
         for settings in SETTINGS:
             results[f"sharded {mask} {settings}"] = sharded(rank, folder, mask, settings)
-    torch.save(results, folder / f"result{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave(rank, folder, results)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,18 @@
 """Two processes train one masked model: the same bits as one process that does the work of both."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import ranks
 import torch
+from processes import needs_gloo, run_ranks
 
 from pecker_fast import BlockMask, MaskedAdamW, change_mask
 from pecker_fast.distributed import Shard, check_shard
-
-needs_gloo = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="torch without gloo"
-)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of the two processes found, for all tests at once: starting them is what takes time."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    script = Path(__file__).with_name("ranks.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), folder], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(ranks.WORLD_SIZE)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
-    return [torch.load(folder / f"result{rank}.pt") for rank in range(ranks.WORLD_SIZE)]
+    return run_ranks("ranks.py", tmp_path_factory.mktemp("ranks"))
 
 
 def alone(make, mask="row", refresh=None):

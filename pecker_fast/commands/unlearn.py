@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 
 from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.resuming import Training
 from pecker_fast.commands.source import classes_text, distill_config, load_source
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
@@ -22,21 +22,26 @@ def run(options: argparse.Namespace) -> Outcome:
     mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
     changes = {} if mask is None else {"density": mask.density_asked}
     config = distill_config(options, source, **changes)
+    training = Training(options)
+    training.check()
     if options.dry_run:
         density = 1.0 if config.mask.kind == "dense" else config.mask.density
         active = round(density * source.parameters) if mask is None else mask.numel
-        writes = [str(options.output_dir / name) for name in _WRITES]
+        checkpoints = ("checkpoint-*/",) if options.checkpointing_steps else ()
+        writes = [str(options.output_dir / name) for name in (*_WRITES, *checkpoints)]
         settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
         return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
 
     with atomic_folder(options.output_dir) as folder:
-        started = time.perf_counter()
         distiller = MaskedDistiller(source.model, source.schedule, config)
-        mask = distiller.build_mask() if mask is None else _use(distiller, mask, options)
-        with (folder / "metrics.jsonl").open("w", encoding="utf-8") as log:
-            for metrics in distiller.run(options.max_train_steps, progress=not options.quiet):
-                log.write(json.dumps(metrics) + "\n")
-        seconds = time.perf_counter() - started
+        if mask is not None:
+            _use(distiller, mask, options)
+        training.resume(distiller)
+        mask = distiller.mask or distiller.build_mask()
+        training.run(distiller)
+        seconds, metrics = training.total_seconds(), training.last_metrics()
+        lines = "".join(json.dumps(step) + "\n" for step in training.metrics)
+        (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
         distiller.save(folder)
     values = {
         "output_dir": str(options.output_dir),
@@ -55,9 +60,9 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(values, text)
 
 
-def _use(distiller: MaskedDistiller, mask: BlockMask, options: argparse.Namespace) -> BlockMask:
+def _use(distiller: MaskedDistiller, mask: BlockMask, options: argparse.Namespace) -> None:
     try:
-        return distiller.use_mask(mask)
+        distiller.use_mask(mask)
     except ValueError as error:
         raise FileFormatError(
             f"{options.mask_path}: does not fit {options.pretrained_model_name_or_path}: {error}"

@@ -1,0 +1,141 @@
+"""Training that can be interrupted: checkpoints in the output folder on the way, and where to continue from."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pecker_fast.checkpoint_folders import LATEST, finished
+from pecker_fast.distill_checkpoint import KIND
+from pecker_fast.distiller import MaskedDistiller
+from pecker_fast.errors import FileFormatError
+
+
+@dataclass
+class Training:
+    """One training, in this process and those that it continues.
+
+    Attributes:
+        options: ``output_dir``, ``max_train_steps``, ``checkpointing_steps``, ``checkpoints_total_limit``,
+            ``resume_from_checkpoint`` and ``quiet``.
+        metrics: Of every step so far.
+        seconds: What earlier processes took.
+    """
+
+    options: argparse.Namespace
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    _started: float = field(default_factory=time.perf_counter)
+    _written: Path | None = None
+
+    def check(self) -> None:
+        """Refuse settings that do not go together, before anything is done.
+
+        Raises:
+            FileFormatError: Checkpoints of another run would be mixed with those of this one.
+            ValueError: A limit on checkpoints, and none are written.
+        """
+        options = self.options
+        if options.checkpoints_total_limit is not None and options.checkpointing_steps is None:
+            raise ValueError("--checkpoints_total_limit: there are no checkpoints; give --checkpointing_steps too")
+        if options.checkpointing_steps is None or options.resume_from_checkpoint is not None:
+            return
+        if older := finished(options.output_dir, KIND):
+            raise FileFormatError(
+                f"{options.output_dir}: has checkpoints of an earlier run, the last of step {max(older)}; continue it "
+                f"with --resume_from_checkpoint latest, or choose another folder"
+            )
+
+    def resume(self, distiller: MaskedDistiller) -> None:
+        """Load the checkpoint that was asked for, if one was.
+
+        Raises:
+            FileFormatError: It is missing, unfinished or damaged.
+            ValueError: It does not belong to these settings or this model, or is beyond the last step.
+        """
+        options, wanted = self.options, self.options.resume_from_checkpoint
+        if wanted is None:
+            return
+        loaded = distiller.load_checkpoint(wanted, options.output_dir if wanted == LATEST else None)
+        if loaded.step > options.max_train_steps:
+            raise ValueError(
+                f"--max_train_steps {options.max_train_steps}: {loaded.folder} has done {loaded.step} steps already"
+            )
+        self.metrics, self.seconds = list(loaded.extra.get("metrics", [])), loaded.extra.get("seconds", 0.0)
+
+    def run(self, distiller: MaskedDistiller) -> None:
+        """Train up to ``max_train_steps``, with a checkpoint every ``checkpointing_steps``.
+
+        With checkpoints, SIGINT and SIGTERM wait for the step to end, and one is written then.
+
+        Raises:
+            KeyboardInterrupt: Interrupted; it says what is left.
+        """
+        every = self.options.checkpointing_steps
+        steps = self.options.max_train_steps - distiller.steps_done
+        try:
+            with stop_after_step() if every else nullcontext(_never) as stopped:
+                for metrics in distiller.run(steps, progress=not self.options.quiet):
+                    self.metrics.append(metrics)
+                    stop = stopped()
+                    if every and (stop or distiller.steps_done % every == 0):
+                        self._save(distiller)
+                    if stop:
+                        raise KeyboardInterrupt
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(*self._left()) from interrupt
+
+    def last_metrics(self) -> dict[str, float]:
+        """Of the last step; a checkpoint that was not written here may have none."""
+        return self.metrics[-1] if self.metrics else {"step": self.options.max_train_steps}
+
+    def total_seconds(self) -> float:
+        """Time that the whole training took so far."""
+        return self.seconds + time.perf_counter() - self._started
+
+    def _save(self, distiller: MaskedDistiller) -> None:
+        options = self.options
+        extra: dict[str, Any] = {"metrics": self.metrics, "seconds": self.total_seconds()}
+        limit = options.checkpoints_total_limit
+        self._written = distiller.save_checkpoint(options.output_dir, total_limit=limit, extra=extra)
+
+    def _left(self) -> tuple[str, ...]:
+        if self._written is None:
+            return ()
+        return (f"{self._written} is complete; the same command with --resume_from_checkpoint latest continues",)
+
+
+@contextmanager
+def stop_after_step() -> Iterator[Callable[[], bool]]:
+    """Within the block a first SIGINT or SIGTERM is only noted, for a loop to look at; a second one interrupts.
+
+    Yields:
+        Whether there was one.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield _never
+        return
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(noted)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _never() -> bool:
+    return False
