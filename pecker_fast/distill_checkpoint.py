@@ -151,9 +151,7 @@ def _check_settings(distiller: Distiller, record: Mapping[str, Any], folder: Pat
                 )
 
 
-def _check_base(
-    distiller: Distiller, record: Mapping[str, Any], masks: Mapping[str, BlockMask], folder: Path
-) -> None:
+def _check_base(distiller: Distiller, record: Mapping[str, Any], masks: Mapping[str, BlockMask], folder: Path) -> None:
     for name, mask in masks.items() if distiller.mask is not None else ():
         if optimizer_of(distiller, name).active.mask != mask:
             raise ValueError(f"{folder}: was saved with another mask than the one in use; load it into a new distiller")

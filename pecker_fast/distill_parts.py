@@ -38,7 +38,7 @@ class Distiller(Protocol):
     mask: BlockMask | None
     steps_done: int
 
-    def use_mask(self, mask: BlockMask) -> BlockMask:
+    def use_mask(self, mask: BlockMask, fake_score_mask: BlockMask | None = None) -> BlockMask:
         """Get ready to train with ``mask``."""
         ...
 

@@ -306,3 +306,18 @@ def test_a_second_signal_does_not_wait():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_mask_of_the_fake_score_comes_back(tmp_path):
+    from test_distiller import SCHEDULE, config, unet
+
+    settings = {"fake_score_mask": {"kind": "random", "density": 0.2, "block": "row"}, "reuse_generator_forward": True}
+    whole, resumed = (MaskedDistiller(unet(dropout=0.0), SCHEDULE, config(**settings)) for _ in range(2))
+    whole.step()
+    whole.save_checkpoint(tmp_path)
+    resumed.load_checkpoint("latest", tmp_path)
+    assert resumed.fake_score_mask == whole.fake_score_mask and resumed.fake_score_mask.density < 0.3
+    for distiller in (whole, resumed):
+        distiller.step()
+    for name, weight in whole.fake_score.state_dict().items():
+        assert torch.equal(weight, resumed.fake_score.state_dict()[name]), name
