@@ -109,8 +109,8 @@ tests() { # LIMIT_S
   "$python" -c 'import xdist' 2>/dev/null && ((rehearse == 0)) && workers=(-n 12)
   if ((rehearse)); then files=(tests/ops/test_costs.py) marked=(tests/ops/test_costs.py); fi
   local end=$((SECONDS + $1))
-  run tests $(($1 * 2 / 3)) "$python" -m pytest -q "${workers[@]}" --junitxml "$out/tests.xml" "${files[@]}"
-  run tests $((end - SECONDS)) "$python" -m pytest -q --junitxml "$out/tests_gpu.xml" $( ((rehearse)) || echo -m gpu) \
+  run tests $(($1 * 2 / 3)) "$python" -m pytest -q -rs "${workers[@]}" --junitxml "$out/tests.xml" "${files[@]}"
+  run tests $((end - SECONDS)) "$python" -m pytest -q -rs --junitxml "$out/tests_gpu.xml" $( ((rehearse)) || echo -m gpu) \
     "${marked[@]}"
 }
 
@@ -131,7 +131,7 @@ sanitize() { # LIMIT_S
 benchmark() { # PART LIMIT_S FILE...
   local part=$1 limit_s=$2
   shift 2
-  run "$part" "$limit_s" "$python" -m pytest -q --benchmark-only --rows "$out/$part.json" "${@/#/benchmarks/gpu/}"
+  run "$part" "$limit_s" "$python" -m pytest -q -rs --benchmark-only --rows "$out/$part.json" "${@/#/benchmarks/gpu/}"
 }
 
 for part in build machine "${parts[@]}"; do rm -f "$out/$part.log"; done

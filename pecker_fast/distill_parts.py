@@ -13,8 +13,8 @@ from pecker_fast.config import DistillConfig
 from pecker_fast.delta.fingerprint import MODULUS, fingerprint_all, fingerprint_blocks, layout
 from pecker_fast.distill_ranks import Ranks
 from pecker_fast.draws import Draws
-from pecker_fast.layers import is_channels_last
 from pecker_fast.mask import BlockMask
+from pecker_fast.ops.layout import is_channels_last
 from pecker_fast.optim import MaskedAdamW
 from pecker_fast.schedule import NoiseSchedule
 

@@ -19,6 +19,7 @@ from pecker_fast.block_scores import ScoreKind
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.frozen_channels import channels_with_gradient
 from pecker_fast.functional import link, masked_conv2d, masked_linear, require_grad_like, score
+from pecker_fast.ops.layout import is_channels_last
 from pecker_fast.ops.masked_weight_grad import register_flops
 
 SUFFIX = "_active"
@@ -270,11 +271,6 @@ def unmask_layer(module: nn.Module) -> None:
         del layer._parameters[name + SUFFIX]
     del layer.masks, layer.channels_last
     module.__class__ = next(plain for plain, masked in MASKED_CLASSES.items() if masked is type(module))
-
-
-def is_channels_last(dense: Tensor) -> bool:
-    """Whether a weight lies in memory as (out, height, width, in)."""
-    return dense.dim() == 4 and not dense.is_contiguous() and dense.is_contiguous(memory_format=torch.channels_last)
 
 
 def _masked_gradient_pays(mask: ParameterMask, device: torch.device) -> bool:

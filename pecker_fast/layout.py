@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from pecker_fast.blocks import BlockGrid, ParameterMask
-from pecker_fast.layers import is_channels_last
 from pecker_fast.mask import BlockMask
+from pecker_fast.ops.layout import is_channels_last
 
 
 @dataclass(frozen=True)

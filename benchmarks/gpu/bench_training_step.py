@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -123,9 +122,6 @@ def contests(machine, network, masks: Mapping[str, BlockMask], batch: Batch, kin
 
 @pytest.mark.parametrize("kind", ["eager", "graph"])
 def bench_training_step(benchmark, machine, limits, network, batch, kind):
-    if kind == "graph" and "capturable" not in inspect.signature(MaskedAdamW).parameters:
-        record("training step as a CUDA graph left out: this MaskedAdamW has no capturable=")
-        pytest.skip("MaskedAdamW has no capturable=")
     masks = {name: random_mask(network, prefixes) for name, prefixes in WHERE.items()}
     for mask in masks.values():
         check(network, mask, batch)

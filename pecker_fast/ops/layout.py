@@ -20,6 +20,12 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether images, or a weight, lie in memory with the channels last, and not in C order as well."""
+    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()
+
+
 def in_memory_order(tensor: Tensor) -> Tensor:
     """All values as one dimension, in the order of memory; a copy in C order if there are gaps or repeats."""
     return tensor.as_strided((tensor.numel(),), (1,)) if is_dense(tensor) else tensor.contiguous().view(-1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
 from pecker_fast.once import once
+from pecker_fast.ops.layout import is_channels_last
 from pecker_fast.ops.problem import Geometry, Problem, grad_dtype
 
 ShiftedRows: TypeAlias = Callable[[Tensor, Tensor, tuple[int, int], tuple[int, int]], Tensor]
@@ -240,18 +241,13 @@ def slabs_pay(grid: BlockGrid, groups: int) -> bool:
 
 def _channels(tensor: Tensor, channels: Tensor) -> Tensor:
     """Some channels of (batch, channels, ...), in the memory layout of ``tensor``."""
-    if _is_channels_last(tensor):  # indexed where they are next to each other, and copied once
+    if is_channels_last(tensor):  # indexed where they are next to each other, and copied once
         return tensor.permute(0, 2, 3, 1).index_select(3, channels).permute(0, 3, 1, 2)
     return tensor.index_select(1, channels)
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
-    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return last and not tensor.is_contiguous()
-
-
 def _same_layout(part: Tensor, like: Tensor) -> Tensor:
-    return part.contiguous(memory_format=torch.channels_last) if _is_channels_last(like) else part
+    return part.contiguous(memory_format=torch.channels_last) if is_channels_last(like) else part
 
 
 def _widen(grad: Tensor) -> Tensor:

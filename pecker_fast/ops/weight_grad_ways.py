@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Mapping
 
-import torch
 from torch import Tensor
 
 from pecker_fast import native
@@ -14,6 +13,7 @@ from pecker_fast.once import known, once, remembered
 from pecker_fast.ops import triton_kernels
 from pecker_fast.ops.dispatch import Op
 from pecker_fast.ops.fastest import Choice, fastest, why_not_measured
+from pecker_fast.ops.layout import is_channels_last
 from pecker_fast.ops.problem import Problem
 from pecker_fast.ops.slabs import gathered_weight_grad, masked_weight_grad_cpu, masked_weight_grad_reference, slabs_pay
 from pecker_fast.ops.tiled_weight_grad import precision, tiled_weight_grad, why_not
@@ -42,7 +42,7 @@ def choose_way(problem: Problem) -> Choice:
     measurement. While a CUDA graph is captured, or deterministic algorithms are asked for, nothing is measured.
     """
     operands = (problem.grad_output, problem.input)
-    layout = [(x.shape, x.dtype, x.device, _is_channels_last(x)) for x in operands]
+    layout = [(x.shape, x.dtype, x.device, is_channels_last(x)) for x in operands]
     key = ("way", problem.mask.grid, problem.geometry[0][0], precision(problem), *layout)
     reason = None if known(problem.mask.active, key) else why_not_measured()
     if reason is not None:
@@ -80,10 +80,6 @@ def usual_way(problem: Problem, why: str) -> Choice:
     if "triton" in possible and not problem.mask.grid.is_rows:
         return Choice("triton", why)
     return Choice("slabs" if "slabs" in possible else "dense", why)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def backend_for(op: Op, problem: Problem, backend: str | None) -> str:
