@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from pecker_fast.blocks import Block, check_block
@@ -14,6 +15,21 @@ MaskKind = Literal["saliency", "random", "dense"]
 Scope = Literal["global", "layer"]
 AccumulateKind = Literal["signed_sum", "abs", "square"]
 LrScale = Literal["none", "density", "mass"]
+SaliencyLoss = Literal["noise_prediction", "distillation", "forget_specific"]
+Preset = Literal["published", "exact", "fast"]
+
+SWITCHES: Mapping[str, Mapping[Preset, bool]] = MappingProxyType(
+    {
+        "merge_batches": {"published": False, "exact": True, "fast": True},
+        "closed_form_loss": {"published": False, "exact": True, "fast": True},
+        "skip_frozen": {"published": False, "exact": True, "fast": True},
+        "reuse_generator_forward": {"published": False, "exact": False, "fast": True},
+        "stop_gradient": {"published": False, "exact": False, "fast": False},
+    }
+)
+"""Switch of ``DistillConfig`` -> what each preset sets it to; docs/design.md has what they save and what they cost."""
+FAST_FORGET_SHARE = 4
+"""Preset "fast" draws one forgotten sample for so many retained ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,28 +41,38 @@ class MaskConfig:
         density: Share of all weights that train, in (0, 1].
         block: (out, in), "row", "element" or "auto"; see ``BlockMask``.
         scope: Rank blocks over the whole network ("global") or within each layer ("layer").
+        saliency: Whose gradient is looked at: "noise_prediction" (published: the noise-prediction loss on the classes
+            to forget), "distillation" (the generator's own loss, on retained and forgotten classes), or
+            "forget_specific" (its part on forgotten classes, relative to its part on retained ones).
+        saliency_warmup: Updates of a copy of the fake score before the last two: until it has left the true score, the
+            generator's loss on retained classes has no gradient at all.
         accumulate: How gradients add up to saliency: "signed_sum" (SalUn), "abs" or "square".
         batches: Batches of the saliency pass, when it draws its own samples. Too few make a noisy mask.
         batch_size: Samples in each of them; None takes the distiller's ``forget_batch_size``.
         lr_scale: What multiplies the generator's learning rate, because fewer moving weights need larger steps to move
             the function as far: "none" 1, "density" 1 / density, "mass" 1 / sqrt(mass * density), mass being the
             share of the summed gradient magnitude that falls on active weights. For a random mask the last two agree.
+        lr_scale_max: At most this; None has no limit.
     """
 
     kind: MaskKind = "saliency"
     density: float = 0.1
     block: Block = "auto"
     scope: Scope = "global"
+    saliency: SaliencyLoss = "noise_prediction"
+    saliency_warmup: int = 20
     accumulate: AccumulateKind = "signed_sum"
     batches: int = 8
     batch_size: int | None = None
     lr_scale: LrScale = "none"
+    lr_scale_max: float | None = None
 
     def __post_init__(self) -> None:
         _one_of("MaskConfig.kind", self.kind, get_args(MaskKind))
         _one_of("MaskConfig.scope", self.scope, get_args(Scope))
         _one_of("MaskConfig.accumulate", self.accumulate, get_args(AccumulateKind))
         _one_of("MaskConfig.lr_scale", self.lr_scale, get_args(LrScale))
+        _one_of("MaskConfig.saliency", self.saliency, get_args(SaliencyLoss))
         check_density(self.density)
         if isinstance(self.block, list):  # JSON has no tuples
             object.__setattr__(self, "block", tuple(self.block))
@@ -54,6 +80,14 @@ class MaskConfig:
         _positive_int("MaskConfig.batches", self.batches)
         if self.batch_size is not None:
             _positive_int("MaskConfig.batch_size", self.batch_size)
+        if (
+            not isinstance(self.saliency_warmup, int)
+            or isinstance(self.saliency_warmup, bool)
+            or self.saliency_warmup < 0
+        ):
+            raise ValueError(f"MaskConfig.saliency_warmup: expected an integer >= 0, got {self.saliency_warmup!r}")
+        if self.lr_scale_max is not None and not (self.lr_scale_max > 0 and math.isfinite(self.lr_scale_max)):
+            raise ValueError(f"MaskConfig.lr_scale_max: expected a positive number or None, got {self.lr_scale_max!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""
@@ -71,13 +105,17 @@ class DistillConfig:
     """One erasure: what to forget, what to put in its place, and how to train. Defaults are SFD's for CIFAR-10.
 
     Attributes:
-        forget: Classes to forget.
+        preset: What the switches below are where they are not given (None): "published" (the iteration as it is
+            published, 22 forwards), "exact" (everything that computes the same for less), or "fast" (also what changes
+            the estimate and was measured to be harmless; a quarter of the forgotten samples).
+        forget: Classes to forget; none distils the generator without forgetting.
         override: What the true score is asked for in their place: one class for each forgotten one, one for all, or
             None for a random retained class at every draw.
         num_classes: Classes in all.
         sample_shape: (channels, height, width).
         batch_size: Samples of retained classes in each update.
-        forget_batch_size: Samples of forgotten classes in each update; None takes ``batch_size``.
+        forget_batch_size: Samples of forgotten classes in each update; None takes ``batch_size``, or a quarter of it
+            with preset "fast". Weights are those of the means, so that the gradient's expectation is the same.
         mask: Which weights of the generator train.
         generator_lr: Learning rate of the generator, before ``mask.lr_scale``.
         fake_score_lr: Learning rate of the fake score.
@@ -94,16 +132,23 @@ class DistillConfig:
         retain_weight: Weight of the losses on retained classes.
         forget_weight: Weight of the losses on forgotten classes.
         seed: Of every draw: labels, noise, timesteps, random masks.
-        fake_score_mask: Which weights of the fake score train, chosen as the generator's are; None trains all of them,
-            as published. Saliency is of the fake score's own loss, on retained and forgotten classes.
+        fake_score_mask: Which weights of the fake score train, chosen as the generator's are; "same" has the settings
+            of ``mask``, None trains all of them, as published. Saliency is of the fake score's own loss, on retained
+            and forgotten classes; its ``lr_scale`` is of ``fake_score_lr``.
+        merge_batches: Retained and forgotten samples go through the networks as one batch with weights of their own,
+            not as two: the same gradient.
+        closed_form_loss: SiD's loss and its gradient in one pass over the predictions, instead of autograd through
+            the published expression: the same value and gradient.
+        skip_frozen: No graph below the first active layer, and no gradient into the skips from frozen ones.
         reuse_generator_forward: The generator's samples of the fake score's update serve its own update too, with fresh
             timesteps and noise: two forwards less of 22. Same expectation, but both updates share starting noise and
             labels, and the generator's dropout is on in both.
         stop_gradient: The generator follows the difference of the scores as it is (Diff-Instruct, arXiv 2305.18455)
             instead of SiD's loss, whose gradient goes through both networks: four forwards less. Another estimator;
-            ``sid_alpha`` has no say.
+            ``sid_alpha`` and ``closed_form_loss`` have no say.
     """
 
+    preset: Preset = "exact"
     forget: tuple[int, ...]
     num_classes: int
     sample_shape: tuple[int, int, int]
@@ -126,9 +171,12 @@ class DistillConfig:
     retain_weight: float = 1.0
     forget_weight: float = 0.01
     seed: int = 0
-    fake_score_mask: MaskConfig | None = None
-    reuse_generator_forward: bool = False
-    stop_gradient: bool = False
+    fake_score_mask: MaskConfig | Literal["same"] | None = None
+    merge_batches: bool | None = None
+    closed_form_loss: bool | None = None
+    skip_frozen: bool | None = None
+    reuse_generator_forward: bool | None = None
+    stop_gradient: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("forget", "override", "sample_shape", "betas"):  # lists are welcome, and JSON has nothing else
@@ -138,9 +186,11 @@ class DistillConfig:
             object.__setattr__(self, "mask", MaskConfig.from_dict(self.mask))
         if isinstance(self.fake_score_mask, Mapping):
             object.__setattr__(self, "fake_score_mask", MaskConfig.from_dict(self.fake_score_mask))
-        for name in ("reuse_generator_forward", "stop_gradient"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"DistillConfig.{name}: expected True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.fake_score_mask, MaskConfig | None) and self.fake_score_mask != "same":
+            raise ValueError(
+                f'DistillConfig.fake_score_mask: expected a MaskConfig, "same" or None, got {self.fake_score_mask!r}'
+            )
+        self._resolve_preset()
         for name in ("num_classes", "batch_size"):
             _positive_int(f"DistillConfig.{name}", getattr(self, name))
         if self.forget_batch_size is not None:
@@ -150,9 +200,26 @@ class DistillConfig:
         self._check_classes()
         self._check_numbers()
 
+    def _resolve_preset(self) -> None:
+        """Afterwards no switch is None: what is in a config is what runs."""
+        _one_of("DistillConfig.preset", self.preset, get_args(Preset))
+        for name, presets in SWITCHES.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, presets[self.preset])
+            elif not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"DistillConfig.{name}: expected True or False, or None for what preset {self.preset!r} says, "
+                    f"got {getattr(self, name)!r}"
+                )
+        if self.forget_batch_size is None and self.preset == "fast":
+            object.__setattr__(self, "forget_batch_size", max(1, self.batch_size // FAST_FORGET_SHARE))
+
     def _check_classes(self) -> None:
-        if not self.forget:
-            raise ValueError("DistillConfig.forget: expected at least one class to forget, got none")
+        if not self.forget and self.mask.kind == "saliency" and self.mask.saliency != "distillation":
+            raise ValueError(
+                f"DistillConfig.forget: nothing is to be forgotten, so MaskConfig.saliency={self.mask.saliency!r} has "
+                f"nothing to look at; name classes, or take kind='dense' or saliency='distillation'"
+            )
         for name in ("forget", "override"):
             for label in getattr(self, name) or ():
                 if not isinstance(label, int) or not 0 <= label < self.num_classes:
@@ -190,6 +257,18 @@ class DistillConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"DistillConfig.{name}: expected a number >= 0, got {value}")
+
+    @property
+    def mask_of_fake_score(self) -> MaskConfig:
+        """What ``fake_score_mask`` stands for."""
+        if self.fake_score_mask is None:
+            return MaskConfig(kind="dense")
+        return self.mask if self.fake_score_mask == "same" else self.fake_score_mask
+
+    @property
+    def forget_samples(self) -> int:
+        """Samples of forgotten classes in each update."""
+        return (self.forget_batch_size or self.batch_size) if self.forget else 0
 
     @property
     def retained(self) -> tuple[int, ...]:

@@ -138,7 +138,7 @@ def run_one(teacher: nn.Module, config: DistillConfig, steps: int, evaluator: Ev
     figures = {
         "density": mask.density,
         "steps": steps,
-        "images_seen": steps * 2 * (config.batch_size + (config.forget_batch_size or config.batch_size)),
+        "images_seen": steps * 2 * (config.batch_size + config.forget_samples),
         "seconds": seconds,
         "mask_seconds": mask_seconds,
         "flops": mask_flops.total + steps * step_flops,

@@ -6,38 +6,39 @@ import copy
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pecker_fast import distill_checkpoint
+from pecker_fast import distill_checkpoint, distill_output
 from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import apply_mask
-from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
-from pecker_fast.config import DistillConfig, MaskConfig
-from pecker_fast.delta import Delta
-from pecker_fast.delta.state import only_weights_changed
+from pecker_fast.checkpoint import StrPath
+from pecker_fast.config import DistillConfig
 from pecker_fast.distill_checkpoint import Checkpoint
+from pecker_fast.distill_losses import DistillLosses
+from pecker_fast.distill_masks import MaskMaker, lr_scale
 from pecker_fast.distill_parts import agreed_parts
 from pecker_fast.distill_ranks import Ranks
 from pecker_fast.draws import Batch, Draws
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask
-from pecker_fast.models import storage
-from pecker_fast.objectives import denoising_loss, score_difference_loss, sid_loss
 from pecker_fast.optim import MaskedAdamW
-from pecker_fast.saliency import compute_saliency
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+Sampled: TypeAlias = tuple[Batch, Tensor]
+"""What was drawn, and the generator's samples of it."""
 
 
 class MaskedDistiller:
@@ -55,7 +56,9 @@ class MaskedDistiller:
             eval mode, and otherwise unchanged.
         schedule: The noise schedule it was trained with.
         config: What to forget, and how.
-        generator: Where the one-step generator starts; None starts from the true score itself.
+        generator: Where the one-step generator starts, for example one that was distilled before; it is copied, and
+            must stay as it is until ``save``, whose delta begins there. None starts from the true score itself.
+        fake_score: Where the fake score starts, which is copied; None starts from the true score.
         process_group: Train together with these processes, one distiller in each, made of the same true score and
             config: every rank draws samples of its own (``config.batch_size`` of them), the gradients of either
             network are averaged in one all-reduce, the first rank makes the mask and writes the files. Every rank
@@ -73,6 +76,7 @@ class MaskedDistiller:
         config: DistillConfig,
         *,
         generator: nn.Module | None = None,
+        fake_score: nn.Module | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         last = max(config.t_init, config.t_max - 1)
@@ -83,46 +87,58 @@ class MaskedDistiller:
             )
         self.schedule = schedule
         self.config = config
-        self._predict = predictor(true_score)
-        self.generator = copy.deepcopy(true_score if generator is None else generator)
-        self._from_true_score = generator is None
-        self.fake_score = copy.deepcopy(true_score).requires_grad_(True)
+        self.losses = DistillLosses(predictor(true_score), schedule, config)
+        self.base = true_score if generator is None else generator
+        self.generator = copy.deepcopy(self.base)
+        self.fake_score = copy.deepcopy(true_score if fake_score is None else fake_score).requires_grad_(True)
         self.true_score = true_score.eval().requires_grad_(False)
         weight = next(true_score.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        self.device = weight.device
+        self.dtype = torch.promote_types(weight.dtype, torch.float32)  # of samples and losses, whatever the networks'
         self.ranks = Ranks(process_group, self.device)
         self.draws = Draws(config, self.device, self.dtype, self.ranks.seed(config.seed))
+        self.masks = MaskMaker(self.losses, self.draws, self.true_score, self.generator)
         self.steps_done = 0
         self.mask: BlockMask | None = None
 
-    # -- the mask ----------------------------------------------------------------------------------
+    # -- the masks ---------------------------------------------------------------------------------
 
-    def build_mask(self, batches: Iterable[tuple[Tensor, Tensor]] | None = None) -> BlockMask:
+    def build_mask(
+        self, batches: Iterable[tuple[Tensor, Tensor]] | None = None, *, exclude: Sequence[BlockMask] = ()
+    ) -> BlockMask:
         """Choose the generator's active weights as ``config.mask`` says, and get everything ready to train.
 
-        The saliency mask is PECKER's: the generator frozen, the noise-prediction loss on the classes to forget.
+        The published saliency mask is PECKER's: the generator frozen, the noise-prediction loss on the classes to
+        forget.
 
         Args:
             batches: Images of classes to forget, (x0, labels) each; None takes samples of the generator.
+            exclude: Masks whose weights are left alone, for example those of earlier erasures.
 
         Returns:
             The mask.
+
+        Raises:
+            ValueError: Images, for a saliency that takes none; nothing left to choose from.
         """
-        return self.use_mask(self.ranks.shared_mask(lambda: self._make_mask(batches)))
+        self._check_no_mask()
+        fake_score = self._fake_score_ahead()
+        return self.use_mask(
+            self.ranks.shared_mask(lambda: self.masks.of_generator(lambda: fake_score, batches, exclude))
+        )
 
-    def _make_mask(self, batches: Iterable[tuple[Tensor, Tensor]] | None) -> BlockMask:
-        mask = self.config.mask
-        if batches is None:
-            batches = (self._forget_batch() for _ in range(mask.batches))
-        return self._chosen(self.generator, mask, batches)
-
-    def _chosen(self, network: nn.Module, mask: MaskConfig, batches: Iterable[tuple[Tensor, Tensor]]) -> BlockMask:
-        if mask.kind == "dense":
-            return BlockMask.dense(network)
-        if mask.kind == "random":
-            return BlockMask.random(network, mask.density, mask.block, self.config.seed)
-        saliency = compute_saliency(network, self._saliency_loss, batches, mask.accumulate)
-        return BlockMask.from_saliency(saliency, mask.density, mask.block, mask.scope)
+    def _fake_score_ahead(self) -> nn.Module:
+        """The fake score; where the mask is to look at the generator's own loss, a copy that has trained a little."""
+        config = self.config.mask
+        if config.kind != "saliency" or config.saliency == "noise_prediction" or not config.saliency_warmup:
+            return self.fake_score
+        ahead = copy.deepcopy(self.fake_score)
+        active = apply_mask(ahead, BlockMask.dense(ahead), unmaskable="dense")
+        optimizer = self._optimizer(active, self.config.fake_score_lr, None)
+        for step in range(config.saliency_warmup):
+            self._update_fake_score(ahead, optimizer, self.config.fake_score_lr * self._warmup(step))
+        active.requires_grad_(False)
+        return ahead.eval()
 
     def use_mask(self, mask: BlockMask, fake_score_mask: BlockMask | None = None) -> BlockMask:
         """Train with a given mask, for example one read from a file.
@@ -138,8 +154,7 @@ class MaskedDistiller:
             RuntimeError: A mask is in use already; or another rank has another mask, true score, generator or config.
             ValueError: It was made for another network.
         """
-        if self.mask is not None:
-            raise RuntimeError("the distiller has a mask already; make a new MaskedDistiller for another one")
+        self._check_no_mask()
         if self.ranks.group is not None:
             self.ranks.check_same(agreed_parts(self, mask))
         config = self.config
@@ -147,14 +162,16 @@ class MaskedDistiller:
         self.mask = mask
         self.generator_optimizer = self._optimizer(self.active, config.generator_lr, config.ema_decay)
         if fake_score_mask is None:
-            of_fake_score = config.fake_score_mask or MaskConfig(kind="dense")
-            batches = (self._batch_of_all() for _ in range(of_fake_score.batches))
-            fake_score_mask = self.ranks.shared_mask(lambda: self._chosen(self.fake_score, of_fake_score, batches))
+            fake_score_mask = self.ranks.shared_mask(lambda: self.masks.of_fake_score(self.fake_score))
         self.fake_score_mask = fake_score_mask
         all_of_it = all(parameter.is_full for parameter in fake_score_mask.parameters.values())
         fake_active = apply_mask(self.fake_score, fake_score_mask, unmaskable="dense" if all_of_it else "frozen")
         self.fake_score_optimizer = self._optimizer(fake_active, config.fake_score_lr, None)
         return mask
+
+    def _check_no_mask(self) -> None:
+        if self.mask is not None:
+            raise RuntimeError("the distiller has a mask already; make a new MaskedDistiller for another one")
 
     def _optimizer(self, active: ActiveParameters, lr: float, ema_decay: float | None) -> MaskedAdamW:
         config = self.config
@@ -171,29 +188,12 @@ class MaskedDistiller:
     @property
     def lr_scale(self) -> float:
         """What ``config.mask.lr_scale`` multiplies the generator's learning rate by."""
-        rule = self.config.mask.lr_scale
-        if self.mask is None or rule == "none":
-            return 1.0
-        density = self.mask.density
-        by_density = rule == "density" or self.mask.mass is None  # chance has as much mass as density
-        return 1 / density if by_density else 1 / math.sqrt(cast(float, self.mask.mass) * density)
+        return 1.0 if self.mask is None else lr_scale(self.mask, self.config.mask)
 
-    def _batch_of_all(self) -> tuple[Tensor, Tensor]:
-        """What the fake score trains on: samples of retained and forgotten classes."""
-        batch = self.draws.batch()
-        with torch.no_grad():
-            return self._generate(batch.noise, batch.labels), batch.labels
-
-    def _forget_batch(self) -> tuple[Tensor, Tensor]:
-        labels = self.draws.forgotten(self.config.mask.batch_size)
-        with torch.no_grad():
-            return self._generate(self.draws.noise(len(labels)), labels), labels
-
-    def _saliency_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        x0, labels = (tensor.to(self.device) for tensor in batch)
-        t = self.draws.timesteps(len(x0), 0, self.schedule.num_train_timesteps)
-        epsilon = self.draws.noise(len(x0))
-        return denoising_loss(epsilon, self._predict(model, self.schedule.add_noise(x0, epsilon, t), t, labels)).mean()
+    @property
+    def fake_score_lr_scale(self) -> float:
+        """What the fake score's learning rate is multiplied by, for its own mask."""
+        return 1.0 if self.mask is None else lr_scale(self.fake_score_mask, self.config.mask_of_fake_score)
 
     # -- one iteration -----------------------------------------------------------------------------
 
@@ -205,10 +205,74 @@ class MaskedDistiller:
         """
         if self.mask is None:
             self.build_mask()
-        shared = self._samples() if self.config.reuse_generator_forward else None
-        metrics = {"fake_score_loss": self._update_fake_score(shared), "generator_loss": self._update_generator(shared)}
+        config, warmup = self.config, self._warmup(self.steps_done)
+        with self.losses.frozen_parts():
+            samples = self._samples_to_learn_from() if config.reuse_generator_forward else None
+            lr = config.fake_score_lr * self.fake_score_lr_scale * warmup
+            fake_score_loss = self._update_fake_score(self.fake_score, self.fake_score_optimizer, lr, samples)
+            generator_loss = self._update_generator(config.generator_lr * self.lr_scale * warmup, samples)
         self.steps_done += 1
-        return metrics
+        return {"fake_score_loss": fake_score_loss, "generator_loss": generator_loss}
+
+    def _warmup(self, steps_done: int) -> float:
+        """Share of the learning rates in the step after so many."""
+        warmup = self.config.warmup_steps
+        return min(1.0, (steps_done + 1) / warmup) if warmup else 1.0
+
+    def _update_fake_score(
+        self, fake_score: nn.Module, optimizer: MaskedAdamW, lr: float, samples: list[Sampled] | None = None
+    ) -> Tensor:
+        """The fake score learns the generator's samples: noise prediction on x0 = G(z, c), the generator fixed."""
+        fake_score.train()
+        optimizer.active.requires_grad_(True)
+        optimizer.zero_grad()
+        if samples is None:
+            self.generator.eval()
+            with torch.no_grad():
+                samples = list(self._samples())
+        losses = (
+            (batch.weights * self.losses.of_fake_score(fake_score, batch, x0.detach())).sum() for batch, x0 in samples
+        )
+        return self._step(optimizer, losses, lr)
+
+    def _update_generator(self, lr: float, samples: list[Sampled] | None = None) -> Tensor:
+        """The generator moves its samples to where the true score, asked for the target class, wants them."""
+        self.fake_score.eval()
+        self.fake_score_optimizer.active.requires_grad_(False)
+        if samples is None:
+            self.generator.train()
+            self.generator_optimizer.zero_grad()
+        again = ((self.draws.again(batch), x0) for batch, x0 in samples or ())
+        losses = (
+            (batch.weights * self.losses.of_generator(self.true_score, self.fake_score, batch, x0)).sum()
+            for batch, x0 in (self._samples() if samples is None else again)
+        )
+        return self._step(self.generator_optimizer, losses, lr)
+
+    def _samples_to_learn_from(self) -> list[Sampled]:
+        """Samples with their graph, for both updates."""
+        self.generator.train()
+        self.generator_optimizer.zero_grad()
+        return list(self._samples())
+
+    def _samples(self) -> Iterator[Sampled]:
+        """A batch and the generator's samples of it; retained and forgotten ones apart if they are not merged."""
+        batch, retained = self.draws.batch(), self.config.batch_size
+        merged = self.config.merge_batches or not self.config.forget
+        for part in (batch,) if merged else (batch[:retained], batch[retained:]):
+            yield part, self.losses.generate(self.generator, part.noise, part.labels)
+
+    def _step(self, optimizer: MaskedAdamW, losses: Iterable[Tensor], lr: float) -> Tensor:
+        """Follow the gradient of the sum of ``losses``, which are computed and dropped one after the other."""
+        optimizer.param_groups[0]["lr"] = lr
+        total: Tensor | None = None
+        for loss in losses:
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        if self.ranks.group is not None:
+            optimizer.active.all_reduce_(self.ranks.group)
+        optimizer.step()
+        return cast(Tensor, total)
 
     def flops(self, steps: int | None = None) -> dict[str, Any]:
         """What one ``step`` computes by network and by kind, 2 a multiply-add, as ``torch.utils.flop_counter`` counts.
@@ -258,63 +322,6 @@ class MaskedDistiller:
                     )
             yield {"step": self.steps_done, **metrics}
 
-    def _samples(self) -> tuple[Batch, Tensor]:
-        """What the generator learns from: a batch, and its samples with their graph."""
-        self.generator.train()
-        self.generator_optimizer.zero_grad()
-        batch = self.draws.batch()
-        return batch, self._generate(batch.noise, batch.labels)
-
-    def _update_fake_score(self, shared: tuple[Batch, Tensor] | None = None) -> Tensor:
-        """The fake score learns the generator's samples: noise prediction on x0 = G(z, c), the generator fixed."""
-        optimizer = self.fake_score_optimizer
-        self.fake_score.train()
-        optimizer.active.requires_grad_(True)
-        optimizer.zero_grad()
-        if shared is None:
-            self.generator.eval()
-            batch = self.draws.batch()
-            with torch.no_grad():
-                x0 = self._generate(batch.noise, batch.labels)
-        else:
-            batch, x0 = shared[0], shared[1].detach()
-        x_t = self.schedule.add_noise(x0, batch.epsilon, batch.t)
-        losses = denoising_loss(batch.epsilon, self._predict(self.fake_score, x_t, batch.t, batch.labels))
-        return self._step(optimizer, (batch.weights * losses).sum(), self.config.fake_score_lr)
-
-    def _update_generator(self, shared: tuple[Batch, Tensor] | None = None) -> Tensor:
-        """The generator moves its samples to where the true score, asked for the target class, wants them."""
-        optimizer, config = self.generator_optimizer, self.config
-        self.fake_score.eval()
-        self.fake_score_optimizer.active.requires_grad_(False)
-        batch, x0 = self._samples() if shared is None else (self.draws.again(shared[0]), shared[1])
-        x_t = self.schedule.add_noise(x0, batch.epsilon, batch.t)
-        with torch.no_grad() if config.stop_gradient else nullcontext():
-            epsilon_true = self._predict(self.true_score, x_t, batch.t, batch.targets)
-            epsilon_fake = self._predict(self.fake_score, x_t, batch.t, batch.labels)
-        sigma = self.schedule.sigma(batch.t, x_t).flatten()
-        if config.stop_gradient:
-            losses = score_difference_loss(x0, batch.epsilon, epsilon_true, epsilon_fake, sigma)
-        else:
-            losses = sid_loss(batch.epsilon, epsilon_true, epsilon_fake, sigma, config.sid_alpha)
-        return self._step(optimizer, (batch.weights * losses).sum(), self.config.generator_lr * self.lr_scale)
-
-    def _step(self, optimizer: MaskedAdamW, loss: Tensor, lr: float) -> Tensor:
-        warmup = self.config.warmup_steps
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (self.steps_done + 1) / warmup) if warmup else lr
-        loss.backward()
-        if self.ranks.group is not None:
-            optimizer.active.all_reduce_(self.ranks.group)
-        optimizer.step()
-        return loss.detach()
-
-    def _generate(self, noise: Tensor, labels: Tensor) -> Tensor:
-        """One-step samples: x0 = (b z - b eps(b z, t_init, c)) / a = sigma_init (z - eps)."""
-        t_init = self.config.t_init
-        x_init = self.schedule.std(t_init) * noise
-        t = torch.full((len(labels),), t_init, device=self.device)
-        return self.schedule.predict_x0(x_init, self._predict(self.generator, x_init, t, labels), t_init)
-
     # -- what comes out ----------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -337,7 +344,7 @@ class MaskedDistiller:
             shape = (len(labels), *self.config.sample_shape)
             noise = torch.randn(shape, generator=rng, device=self.device).to(self.dtype)
         with self.averaged() as generator:
-            predict = functools.partial(self._predict, generator)
+            predict = functools.partial(self.losses.predict, generator)
             return one_step_sample(predict, self.schedule, noise, labels, t_init=self.config.t_init)
 
     @contextmanager
@@ -357,8 +364,8 @@ class MaskedDistiller:
 
         ``pecker_fast.models.load(folder / "model")`` reads a DDPMUNet back, diffusers' ``from_pretrained`` its own
         models; of any other module ``model/`` holds the weights, to be loaded into it with safetensors. ``delta/`` is
-        what changed since the true score (see ``Delta``), where the generator started from it and still has its dtype
-        and buffers.
+        what changed since the true score, or since the generator that was given (see ``Delta``), where it still has
+        that one's dtype and buffers.
 
         Raises:
             FileFormatError: The folder cannot be written; an older model in it stays as it was.
@@ -366,21 +373,9 @@ class MaskedDistiller:
         """
         if self.mask is None:
             raise RuntimeError("nothing to save: call build_mask() and step() first")
-        with self.ranks.first_writes() as mine:
+        with self.ranks.first_writes() as mine, self.averaged() as generator:
             if mine:
-                self._write(folder, self.mask)
-
-    def _write(self, folder: StrPath, mask: BlockMask) -> None:
-        with atomic_folder(folder) as unfinished, self.averaged() as generator:
-            (unfinished / "model").mkdir()
-            if self._from_true_score and only_weights_changed(self.true_score, generator):
-                name = f"forget {', '.join(map(str, self.config.forget))}"
-                metadata = {"distill_config": self.config.to_dict(), "generation": self.generation}
-                delta = Delta.extract(self.true_score, generator, mask, name=name, metadata=metadata, progress=False)
-                delta.save(unfinished / "delta")
-            storage.write_model(generator, unfinished / "model", self.generation)
-            mask.save(unfinished / "mask.safetensors")
-            write_json(unfinished / "distill_config.json", self.config.to_dict())
+                distill_output.write(self, generator, self.mask, folder)
 
     @property
     def generation(self) -> dict[str, Any]:

@@ -30,6 +30,10 @@ class Batch:
     t: Tensor
     epsilon: Tensor
 
+    def __getitem__(self, samples: slice) -> Batch:
+        """Some of the samples, with their weights."""
+        return Batch(*(tensor[samples] for tensor in vars(self).values()))
+
 
 class Draws:
     """A seeded source of batches.
@@ -60,6 +64,8 @@ class Draws:
         config = self.config
         retained = self._labels(config.retained, config.batch_size)
         retain = self._samples(retained, retained, config.retain_weight)
+        if not config.forget:
+            return Batch(*retain)
         forgotten = self.forgotten()
         forget = self._samples(forgotten, self.override(forgotten), config.forget_weight)
         return Batch(*(torch.cat(pair) for pair in zip(retain, forget, strict=True)))
@@ -71,7 +77,7 @@ class Draws:
 
     def forgotten(self, count: int | None = None) -> Tensor:
         """Forgotten classes, (count,); as many as an update takes if not told."""
-        return self._labels(self.config.forget, count or self.config.forget_batch_size or self.config.batch_size)
+        return self._labels(self.config.forget, count or self.config.forget_samples)
 
     def override(self, labels: Tensor) -> Tensor:
         """What the true score is asked for in place of forgotten ``labels``."""
@@ -102,7 +108,7 @@ class Draws:
 
 def _override_table(config: DistillConfig, device: torch.device) -> Tensor | None:
     """Class -> what is drawn in its place, (num_classes,); None where that is left to chance."""
-    if config.override is None:
+    if config.override is None or not config.forget:
         return None
     overrides = config.override if len(config.override) > 1 else config.override * len(config.forget)
     table = torch.arange(config.num_classes)

@@ -7,6 +7,9 @@ says so: this file reads it, and ``masked_conv2d`` leaves those channels out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +22,19 @@ CHANNELWISE = frozenset(
 """Nodes whose input's gradient in a channel depends on no other channel of their output's."""
 
 
+_every_channel: ContextVar[bool] = ContextVar("every_channel", default=False)
+
+
+@contextmanager
+def every_channel() -> Iterator[None]:
+    """Within the block no channel is left out: for comparisons, and for hooks that look between."""
+    token = _every_channel.set(True)
+    try:
+        yield
+    finally:
+        _every_channel.reset(token)
+
+
 def channels_with_gradient(input: Tensor) -> int | None:
     """How many leading channels of ``input`` (batch, channels, height, width) want a gradient; None: all of them.
 
@@ -26,7 +42,7 @@ def channels_with_gradient(input: Tensor) -> int | None:
     channels whose last parts want none. The gradient of the channels left out would reach nothing but tensor hooks on
     what lies between the concatenation and the convolution; such hooks see zeros there.
     """
-    if torch.compiler.is_compiling() or input.dim() != 4:
+    if torch.compiler.is_compiling() or input.dim() != 4 or _every_channel.get():
         return None
     node: Any = input.grad_fn
     granularity = 1

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from pecker_fast import step_hooks
 from pecker_fast.config import DistillConfig
+from pecker_fast.distill_masks import MaskMaker
 from pecker_fast.draws import Draws
 from pecker_fast.flop_table import KINDS, count_by_network
 from pecker_fast.layers import MaskedLayer, unmask_layer
@@ -34,14 +35,11 @@ class Distiller(Protocol):
     generator: nn.Module
     true_score: nn.Module
     fake_score: nn.Module
+    masks: MaskMaker
 
     def step(self) -> dict[str, Tensor]:
         """One iteration."""
         ...
-
-    def _forget_batch(self) -> tuple[Tensor, Tensor]: ...
-
-    def _saliency_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor: ...
 
 
 def iteration_flops(distiller: Distiller, steps: int | None = None) -> IterationFlops:
@@ -65,28 +63,30 @@ def iteration_flops(distiller: Distiller, steps: int | None = None) -> Iteration
 
 
 def _mask_flops(rehearsal: Distiller) -> dict[str, int]:
-    """One batch of the saliency pass, times their number; a mask that looks at nothing is free."""
-    config, counts = rehearsal.config.mask, dict.fromkeys(KINDS, 0)
-    if config.kind == "saliency":
-        weights = _unmasked_weights(rehearsal.generator, rehearsal.mask)
-        with count_by_network({"generator": rehearsal.generator}) as table:
-            loss = rehearsal._saliency_loss(rehearsal.generator, rehearsal._forget_batch())
-            torch.autograd.grad(loss, weights, allow_unused=True)
-        counts = {kind: config.batches * flops for kind, flops in table.counts["generator"].items()}
+    """One of the mask's passes of each sort, times their number; a mask that looks at nothing is free."""
+    counts = dict.fromkeys(KINDS, 0)
+    weights = {
+        name: _unmasked_weights(getattr(rehearsal, name), rehearsal.mask) for name in ("generator", "fake_score")
+    }
+    for work in rehearsal.masks.passes(rehearsal.fake_score):
+        for name, own in weights.items():
+            for weight in own:
+                weight.requires_grad_(name == work.of)
+        with count_by_network({name: getattr(rehearsal, name) for name in NETWORKS}) as table:
+            torch.autograd.grad(work.loss(), weights[work.of], allow_unused=True)
+        for kind in KINDS:
+            counts[kind] += work.count * sum(table.counts[network][kind] for network in NETWORKS)
     return {**counts, "total": sum(counts.values())}
 
 
-def _unmasked_weights(generator: nn.Module, mask: BlockMask | None) -> list[nn.Parameter]:
-    """Make a copy what it was before the mask, in eval mode, with gradients for every weight that can be masked."""
-    del vars(generator)[STORE]
-    for module in generator.eval().modules():
+def _unmasked_weights(network: nn.Module, mask: BlockMask | None) -> list[nn.Parameter]:
+    """Make a copy what it was before the mask, in eval mode; its weights that can be masked."""
+    del vars(network)[STORE]
+    for module in network.eval().modules():
         if isinstance(module, MaskedLayer):
             unmask_layer(module)
     maskable = () if mask is None else mask.parameters
-    weights = [weight for name, weight in generator.named_parameters() if name in maskable]
-    for weight in weights:
-        weight.requires_grad_(True)
-    return weights
+    return [weight for name, weight in network.named_parameters() if name in maskable]
 
 
 def _without_data(distiller: Distiller) -> Distiller:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pecker_fast.ops.sid_loss import OMEGA_MIN, sid_loss
 
-__all__ = ["denoising_loss", "score_difference_loss", "sid_loss"]
+__all__ = ["denoising_loss", "score_difference_loss", "sid_loss", "sid_loss_of_samples"]
 
 
 def denoising_loss(epsilon: Tensor, prediction: Tensor) -> Tensor:
@@ -32,6 +32,27 @@ def denoising_loss(epsilon: Tensor, prediction: Tensor) -> Tensor:
             f"denoising_loss: expected a prediction of shape {tuple(epsilon.shape)}, got {tuple(prediction.shape)}"
         )
     return (epsilon - prediction).square().flatten(1).sum(1)
+
+
+def sid_loss_of_samples(x0: Tensor, x0_true: Tensor, x0_fake: Tensor, alpha: float = 1.2) -> Tensor:
+    """SiD's generator loss of every sample as it is published, in estimates of x0, differentiated by autograd.
+
+    ``omega = (x0_true - x0).abs().mean().clamp(min=1e-5).detach()`` and
+    ``((x0_true - x0_fake) * ((x0_true - x0) - alpha * (x0_true - x0_fake))).sum() / omega``, each sample by itself.
+    The value and the gradient through both predictions are those of ``sid_loss``, which needs one pass instead.
+
+    Args:
+        x0: Samples of the generator, (batch, ...).
+        x0_true: What the true score makes of the noisy samples, same shape.
+        x0_fake: What the fake score makes of them, same shape.
+        alpha: SiD's alpha.
+
+    Returns:
+        (batch,).
+    """
+    difference, missing = x0_true - x0_fake, x0_true - x0
+    omega = missing.detach().abs().flatten(1).mean(1).clamp(min=OMEGA_MIN)
+    return (difference * (missing - alpha * difference)).flatten(1).sum(1) / omega
 
 
 def score_difference_loss(

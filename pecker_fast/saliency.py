@@ -24,6 +24,7 @@ class Saliency(dict[str, Tensor]):
         total: Weights of the whole model, also those that cannot be masked.
         embeddings: Names of weights that are cut by rows whatever the block.
         squared: Whether the values are sums of squared gradients; their root is then the magnitude.
+        gradients: The gradients' saliency where the values themselves are something else, such as a ratio.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class Saliency(dict[str, Tensor]):
         total: int | None = None,
         embeddings: frozenset[str] = frozenset(),
         squared: bool = False,
+        gradients: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(values)
         self.total = total if total is not None else sum(value.numel() for value in values.values())
         self.embeddings = embeddings
         self.squared = squared
+        self.gradients = gradients
 
     def check(self) -> None:
         """Refuse saliency that ranks nothing.
@@ -72,7 +75,7 @@ class Saliency(dict[str, Tensor]):
     def mass(self, parameters: Mapping[str, ParameterMask]) -> float:
         """Share of the summed gradient magnitude that lies on the active weights."""
         active = everything = 0.0
-        for name, value in self.items():
+        for name, value in (self if self.gradients is None else self.gradients).items():
             magnitude = value.sqrt() if self.squared else value.abs()
             everything += float(magnitude.double().sum())
             active += float(parameters[name].gather(magnitude).double().sum())

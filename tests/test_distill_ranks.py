@@ -1,5 +1,7 @@
 """Two processes distil together: the weights of one process that sees the batches of both."""
 
+import dataclasses
+
 import distill_ranks
 import pytest
 import torch
@@ -45,7 +47,9 @@ def test_two_ranks_train_as_one_process_with_both_batches(settings, results):
         assert torch.equal(first[name], second[name])
     alone = MaskedDistiller(unet(dropout=0.0).double(), SCHEDULE, config(**distill_ranks.SETTINGS[settings]))
     both = BothDraws(alone)
-    alone.draws = both.each[0]  # the first rank makes the mask, from its own samples
+    alone.masks = dataclasses.replace(
+        alone.masks, draws=both.each[0]
+    )  # the first rank makes the mask, from its own samples
     alone.build_mask()
     alone.draws = both
     for _ in range(distill_ranks.STEPS):

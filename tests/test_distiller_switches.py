@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import itertools
 
 import pytest
 import torch
 from test_distiller import SCHEDULE, config, unet
 
-from pecker_fast import MaskConfig, MaskedDistiller
+from pecker_fast import BlockMask, MaskConfig, MaskedDistiller
 from pecker_fast.flops import count_flops
 from pecker_fast.objectives import score_difference_loss, sid_loss
 
@@ -52,7 +54,7 @@ def test_reused_samples_give_the_gradients_of_those_samples():
     ours.step()
 
     first = by_hand.draws.batch()
-    x0 = by_hand._generate(first.noise, first.labels)
+    x0 = by_hand.losses.generate(by_hand.generator, first.noise, first.labels)
     x_t = SCHEDULE.add_noise(x0.detach(), first.epsilon, first.t)
     losses = (first.epsilon - by_hand.fake_score(x_t, first.t, first.labels)).square().flatten(1).sum(1)
     (first.weights * losses).sum().backward()
@@ -141,3 +143,146 @@ def test_settings_are_checked_and_survive_json():
     for name in ("reuse_generator_forward", "stop_gradient"):
         with pytest.raises(ValueError, match=f"DistillConfig.{name}: expected True or False"):
             config(**{name: "yes"})
+
+
+# -- the presets -----------------------------------------------------------------------------------
+
+
+def test_presets_and_switches_by_name():
+    assert config() == config(preset="exact")
+    published, exact, fast = (config(preset=preset, batch_size=8) for preset in ("published", "exact", "fast"))
+    assert not (published.merge_batches or published.closed_form_loss or published.skip_frozen)
+    assert exact.merge_batches and exact.closed_form_loss and exact.skip_frozen and not exact.reuse_generator_forward
+    assert fast.reuse_generator_forward and (fast.forget_samples, exact.forget_samples) == (2, 8)
+    assert config(preset="fast", reuse_generator_forward=False, forget_batch_size=5).forget_samples == 5
+    assert type(fast).from_dict(fast.to_dict()) == fast
+    with pytest.raises(ValueError, match="DistillConfig.preset: expected one of published, exact, fast, got 'quick'"):
+        config(preset="quick")
+
+
+@pytest.mark.parametrize(
+    "switch, reuse",  # two batches draw the fresh timesteps of reused samples in another order: not the same run
+    [("merge_batches", False), *itertools.product(("closed_form_loss", "skip_frozen"), (False, True))],
+)
+def test_exact_switches_leave_the_weights_where_they_are(switch, reuse):
+    teacher = unet(dropout=0.0).double()
+    settings = {"mask": MaskConfig(kind="random", density=0.3, block="row"), "reuse_generator_forward": reuse}
+    settings |= {"fake_score_mask": "same", "preset": "exact"}
+    both = [distilled(teacher, **settings, **{switch: value}) for value in (True, False)]
+    for distiller in both:
+        for _ in range(3):
+            distiller.step()
+    on, off = both
+    for mine, other in ((off.generator, on.generator), (off.fake_score, on.fake_score)):
+        for name, weight in mine.state_dict().items():
+            torch.testing.assert_close(weight, other.state_dict()[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_frozen_prefix_and_frozen_skips_are_left_out_unless_told():
+    """FLOPs of the generator's and the fake score's input gradients, active weights in the last convolution alone."""
+    teacher = unet(dropout=0.0)
+    last = {"conv_out.weight": torch.ones_like(teacher.conv_out.weight)}
+    last |= {name: torch.zeros_like(p) for name, p in teacher.named_parameters() if name not in last}
+    mask = BlockMask.from_saliency(last, teacher.conv_out.weight.numel() / sum(v.numel() for v in last.values()), "row")
+    counted = {}
+    for skip in (True, False):
+        distiller = distilled(teacher, skip_frozen=skip)
+        distiller.use_mask(mask, mask)
+        counted[skip] = distiller.flops()
+    assert counted[True]["generator"]["input_gradient"] == 0
+    assert counted[False]["generator"]["input_gradient"] > counted[False]["generator"]["forward"] / 3
+    assert counted[True]["fake_score"]["input_gradient"] < counted[False]["fake_score"]["input_gradient"]
+    assert counted[True]["true_score"] == counted[False]["true_score"]
+
+
+# -- where saliency looks, and the learning rate that goes with a mask -----------------------------
+
+
+@pytest.mark.parametrize("saliency", ["distillation", "forget_specific"])
+def test_saliency_of_the_generators_own_loss(saliency):
+    """Against autograd by hand, with the same draws."""
+    own = MaskConfig(saliency=saliency, saliency_warmup=0, density=0.2, block="row", batches=2, accumulate="square")
+    teacher, other = unet(dropout=0.0).double(), unet(dropout=0.0).double()
+    for weight in other.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    ours, by_hand = (
+        MaskedDistiller(copy.deepcopy(teacher), SCHEDULE, config(mask=own), fake_score=other) for _ in range(2)
+    )
+    parts = {"distillation": [slice(None)], "forget_specific": [slice(6, None), slice(0, 6)]}[saliency]
+    sums = []
+    for part in parts:
+        total = dict.fromkeys(dict(by_hand.generator.named_parameters()), 0.0)
+        for _ in range(2):
+            batch = by_hand.draws.batch()[part]
+            x0 = by_hand.losses.generate(by_hand.generator.eval(), batch.noise, batch.labels)
+            x_t = SCHEDULE.add_noise(x0, batch.epsilon, batch.t)
+            true, fake = (
+                network.eval()(x_t, batch.t, labels)
+                for network, labels in ((by_hand.true_score, batch.targets), (by_hand.fake_score, batch.labels))
+            )
+            sigma = SCHEDULE.sigma(batch.t, x_t).flatten()
+            loss = (batch.weights * sid_loss(batch.epsilon, true, fake, sigma, 1.2)).sum()
+            weights = dict(by_hand.generator.named_parameters())
+            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, gradient in zip(weights, gradients, strict=True):
+                total[name] = total[name] + (0 if gradient is None else gradient.square())
+        sums.append({name: torch.as_tensor(value).expand(weights[name].shape) for name, value in total.items()})
+    expected = sums[0]
+    if saliency == "forget_specific":
+        floor = sum(float(v.sum()) for v in sums[1].values()) / sum(v.numel() for v in sums[1].values())
+        expected = {name: sums[0][name] / (sums[1][name] + floor) for name in sums[0]}
+    mask = ours.build_mask()
+    assert mask == BlockMask.from_saliency({n: v.float() for n, v in expected.items()}, 0.2, "row")
+    magnitude = {name: sum(part[name] for part in sums).sqrt() for name in sums[0]}
+    active = sum(float(magnitude[name][mask.to_dense(name)].sum()) for name in magnitude)
+    assert mask.mass == pytest.approx(active / sum(float(v.sum()) for v in magnitude.values()), rel=1e-5)
+
+
+def test_the_fake_score_runs_ahead_on_a_copy():
+    own = MaskConfig(saliency="distillation", saliency_warmup=3, density=0.2, block="row", batches=1)
+    distiller = distilled(unet(dropout=0.0), mask=own, forget_weight=0.0)
+    before = copy.deepcopy(distiller.fake_score.state_dict())
+    mask = distiller.build_mask()  # without a warm-up the retained classes have no gradient, and nothing would rank
+    assert 0 < mask.mass <= 1
+    for name, weight in before.items():
+        assert torch.equal(distiller.fake_score.state_dict()[name], weight), name
+    with pytest.raises(ValueError, match="saliency: every value is 0"):
+        distilled(unet(dropout=0.0), mask=dataclasses.replace(own, saliency_warmup=0), forget_weight=0.0).build_mask()
+
+
+def test_images_are_for_the_published_saliency():
+    distiller = distilled(unet(), mask=MaskConfig(saliency="distillation"))
+    with pytest.raises(ValueError, match="leave the images out"):
+        distiller.build_mask([(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())])
+    assert distiller.mask is None
+
+
+@pytest.mark.parametrize("rule, expected", [("none", 1.0), ("density", 5.0), ("mass", 5.0)])
+def test_learning_rates_of_both_networks(rule, expected):
+    own = MaskConfig(kind="random", density=0.2, block="element", lr_scale=rule)
+    distiller = distilled(unet(), mask=own, fake_score_mask="same", warmup_steps=4)
+    distiller.step()
+    distiller.step()
+    settings = distiller.config
+    for optimizer, lr in (
+        (distiller.generator_optimizer, settings.generator_lr),
+        (distiller.fake_score_optimizer, settings.fake_score_lr),
+    ):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr * expected / 2, rel=1e-3)
+    capped = distilled(unet(), mask=dataclasses.replace(own, lr_scale_max=2.0))
+    capped.build_mask()
+    assert capped.lr_scale == min(expected, 2.0) and capped.fake_score_lr_scale == 1.0
+
+
+# -- precision -------------------------------------------------------------------------------------
+
+
+def test_half_precision_networks_have_losses_and_masters_in_float32():
+    teacher = unet(dropout=0.0)
+    full, half = distilled(teacher), distilled(copy.deepcopy(teacher).bfloat16())
+    losses = [distiller.step() for distiller in (full, half)]
+    for name, value in losses[1].items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, losses[0][name], rtol=0.05, atol=0.05)
+    assert half.active.values.dtype == torch.float32
+    assert {p.dtype for name, p in half.generator.named_parameters() if "_active" not in name} == {torch.bfloat16}

@@ -128,7 +128,7 @@ def forget_batches(folder: Path, source: Source, config: DistillConfig) -> Itera
         )
     chosen = torch.isin(data.labels, torch.tensor(config.forget)).nonzero().flatten()
     generator = torch.Generator().manual_seed(config.seed)
-    size = config.forget_batch_size or config.batch_size
+    size = config.forget_samples
     draws = [chosen[torch.randint(len(chosen), (size,), generator=generator)] for _ in range(config.mask.batches)]
     return ((data.images[draw], data.labels[draw]) for draw in draws)
 

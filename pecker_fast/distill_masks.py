@@ -1,0 +1,182 @@
+"""Which weights of a distiller's networks train: its config, made into masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast.config import MaskConfig
+from pecker_fast.distill_losses import DistillLosses
+from pecker_fast.draws import Batch, Draws
+from pecker_fast.mask import BlockMask
+from pecker_fast.saliency import Saliency, compute_saliency
+
+Images = Iterable[tuple[Tensor, Tensor]]
+"""(x0, labels) each."""
+Part = Literal["all", "retain", "forget"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """``count`` gradients of a loss with respect to all weights of one network; for the count of FLOPs.
+
+    Attributes:
+        count: How many.
+        of: "generator" or "fake_score".
+        loss: One of them.
+    """
+
+    count: int
+    of: str
+    loss: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class MaskMaker:
+    """Chooses the masks of one distiller.
+
+    Attributes:
+        losses: The losses whose gradients are looked at.
+        draws: Where samples come from.
+        true_score: Frozen.
+        generator: As it is before it is masked.
+    """
+
+    losses: DistillLosses
+    draws: Draws
+    true_score: nn.Module
+    generator: nn.Module
+
+    def of_generator(
+        self,
+        fake_score: Callable[[], nn.Module],
+        images: Images | None = None,
+        exclude: Sequence[BlockMask] = (),
+    ) -> BlockMask:
+        """The generator's mask by ``config.mask``.
+
+        Args:
+            fake_score: Gives the fake score to look with, which has left the true score; asked only where needed.
+            images: Of classes to forget; None takes samples of the generator.
+            exclude: Masks whose weights are left alone.
+
+        Raises:
+            ValueError: Images, and a saliency that looks at samples of its own.
+        """
+        config = self.losses.config.mask
+        if images is not None and config.saliency != "noise_prediction":
+            raise ValueError(
+                f"MaskConfig.saliency={config.saliency!r} looks at the generator's own samples; leave the images out, "
+                f"or take saliency='noise_prediction'"
+            )
+        if config.kind != "saliency":
+            return _without_saliency(self.generator, config, self.losses.config.seed, exclude)
+        return _ranked(self._saliency(config, fake_score, images), config, exclude)
+
+    def of_fake_score(self, fake_score: nn.Module) -> BlockMask:
+        """The fake score's mask by ``config.fake_score_mask``: saliency of its own loss, on all classes."""
+        config = self.losses.config.mask_of_fake_score
+        if config.kind != "saliency":
+            return _without_saliency(fake_score, config, self.losses.config.seed, ())
+        batches = (self._samples(self.draws.batch().labels) for _ in range(config.batches))
+        return _ranked(compute_saliency(fake_score, self.noise_prediction, batches, config.accumulate), config, ())
+
+    def passes(self, fake_score: nn.Module) -> list[Pass]:
+        """What ``of_generator`` computes, as far as it has products."""
+        config = self.losses.config.mask
+        if config.kind != "saliency":
+            return []
+        if config.saliency == "noise_prediction":
+            loss = lambda: self.noise_prediction(self.generator, self._forgotten(config))  # noqa: E731
+            return [Pass(config.batches, "generator", loss)]
+        parts: tuple[Part, ...] = ("all",) if config.saliency == "distillation" else ("forget", "retain")
+        warmup = Pass(config.saliency_warmup, "fake_score", lambda: self.fake_score_loss(fake_score))
+        return [warmup, *(Pass(config.batches, "generator", self._distillation(fake_score, part)) for part in parts)]
+
+    # -- losses ------------------------------------------------------------------------------------
+
+    def noise_prediction(self, network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean noise-prediction loss at timesteps over the whole schedule: PECKER's saliency loss."""
+        x0, labels = (tensor.to(self.draws.device) for tensor in batch)
+        t = self.draws.timesteps(len(x0), 0, self.losses.schedule.num_train_timesteps)
+        return self.losses.noise_prediction(network, x0, labels, t, self.draws.noise(len(x0))).mean()
+
+    def fake_score_loss(self, fake_score: nn.Module) -> Tensor:
+        """What the fake score is trained on, of a fresh batch."""
+        batch = self.draws.batch()
+        with torch.no_grad():
+            x0 = self.losses.generate(self.generator, batch.noise, batch.labels)
+        return (batch.weights * self.losses.of_fake_score(fake_score, batch, x0)).sum()
+
+    def _distillation(self, fake_score: nn.Module, part: Part) -> Callable[[], Tensor]:
+        """The generator's own loss of a fresh batch, or of a part of it."""
+
+        def loss() -> Tensor:
+            batch = self._part(self.draws.batch(), part)
+            x0 = self.losses.generate(self.generator, batch.noise, batch.labels)
+            return (batch.weights * self.losses.of_generator(self.true_score, fake_score, batch, x0)).sum()
+
+        return loss
+
+    def _part(self, batch: Batch, part: Part) -> Batch:
+        retained = self.losses.config.batch_size
+        return batch if part == "all" else batch[:retained] if part == "retain" else batch[retained:]
+
+    # -- saliency ----------------------------------------------------------------------------------
+
+    def _saliency(self, config: MaskConfig, fake_score: Callable[[], nn.Module], images: Images | None) -> Saliency:
+        if config.saliency == "noise_prediction":
+            batches = (self._forgotten(config) for _ in range(config.batches)) if images is None else images
+            return compute_saliency(self.generator, self.noise_prediction, batches, config.accumulate)
+        other = fake_score()
+        if config.saliency == "distillation":
+            return self._of_loss(config, self._distillation(other, "all"))
+        forget, retain = (self._of_loss(config, self._distillation(other, part)) for part in ("forget", "retain"))
+        return _relative(forget, retain)
+
+    def _of_loss(self, config: MaskConfig, loss: Callable[[], Tensor]) -> Saliency:
+        return compute_saliency(self.generator, lambda _, __: loss(), range(config.batches), config.accumulate)
+
+    def _forgotten(self, config: MaskConfig) -> tuple[Tensor, Tensor]:
+        return self._samples(self.draws.forgotten(config.batch_size))
+
+    @torch.no_grad()
+    def _samples(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.losses.generate(self.generator, self.draws.noise(len(labels)), labels), labels
+
+
+def lr_scale(mask: BlockMask, config: MaskConfig) -> float:
+    """What ``config.lr_scale`` multiplies the learning rate of a network with ``mask`` by."""
+    if config.lr_scale == "none":
+        return 1.0
+    by_density = config.lr_scale == "density" or mask.mass is None  # chance has as much mass as density
+    scale = 1 / (mask.density if by_density else math.sqrt(mask.mass * mask.density))  # type: ignore[operator]
+    return scale if config.lr_scale_max is None else min(scale, config.lr_scale_max)
+
+
+def _without_saliency(network: nn.Module, config: MaskConfig, seed: int, exclude: Sequence[BlockMask]) -> BlockMask:
+    if config.kind == "random":
+        return BlockMask.random(network, config.density, config.block, seed, exclude)
+    if exclude:
+        raise ValueError("exclude: a dense run trains every weight; take another kind of mask to leave some alone")
+    return BlockMask.dense(network)
+
+
+def _ranked(saliency: Saliency, config: MaskConfig, exclude: Sequence[BlockMask]) -> BlockMask:
+    return BlockMask.from_saliency(saliency, config.density, config.block, config.scope, exclude)
+
+
+def _relative(forget: Saliency, retain: Saliency) -> Saliency:
+    """Forget saliency over retain saliency, which its own mean keeps away from zero; the gradients' mass is of both."""
+    for saliency in (forget, retain):
+        saliency.check()
+    count = sum(value.numel() for value in retain.values())
+    floor = sum(float(value.double().sum()) for value in retain.values()) / count
+    ratio = {name: forget[name] / (retain[name] + floor) for name in forget}
+    both = {name: forget[name] + retain[name] for name in forget}
+    return Saliency(ratio, forget.total, forget.embeddings, forget.squared, gradients=both)

@@ -1,0 +1,45 @@
+"""The folder that a distiller leaves behind: the averaged generator, its delta, its mask, its settings."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
+from pecker_fast.config import DistillConfig
+from pecker_fast.delta import Delta
+from pecker_fast.delta.state import only_weights_changed
+from pecker_fast.mask import BlockMask
+from pecker_fast.models import storage
+
+
+class Trained(Protocol):
+    """What is asked of a ``MaskedDistiller``."""
+
+    config: DistillConfig
+    base: nn.Module
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """How to sample from the generator."""
+        ...
+
+
+def write(trained: Trained, generator: nn.Module, mask: BlockMask, folder: StrPath) -> None:
+    """Write all of it, or nothing; see ``MaskedDistiller.save``."""
+    with atomic_folder(folder) as unfinished:
+        (unfinished / "model").mkdir()
+        if only_weights_changed(trained.base, generator):
+            delta = _delta(trained, generator, mask)
+            delta.save(unfinished / "delta")
+        storage.write_model(generator, unfinished / "model", trained.generation)
+        mask.save(unfinished / "mask.safetensors")
+        write_json(unfinished / "distill_config.json", trained.config.to_dict())
+
+
+def _delta(trained: Trained, generator: nn.Module, mask: BlockMask) -> Delta:
+    forget = trained.config.forget
+    name = f"forget {', '.join(map(str, forget))}" if forget else "distil"
+    metadata = {"distill_config": trained.config.to_dict(), "generation": trained.generation}
+    return Delta.extract(trained.base, generator, mask, name=name, metadata=metadata, progress=False)
