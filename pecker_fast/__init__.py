@@ -26,6 +26,7 @@ from pecker_fast.refresh import MaskRefresher, change_mask, linear_density  # no
 from pecker_fast.saliency import Saliency, compute_saliency  # noqa: E402
 from pecker_fast.schedule import NoiseSchedule  # noqa: E402
 from pecker_fast.scoring import score_blocks  # noqa: E402
+from pecker_fast.weight_costs import weight_gradient_flops  # noqa: E402
 
 __all__ = [
     "ActiveParameters",
@@ -49,4 +50,5 @@ __all__ = [
     "linear_density",
     "score_blocks",
     "use_backend",
+    "weight_gradient_flops",
 ]

@@ -10,10 +10,10 @@ import pecker_fast
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
-    ["checkpoint", "blocks", "data"],
+    ["checkpoint", "blocks", "data", "regions"],
     ["config", "distributed", "scatter", "schedule", "manifest"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores"],
-    ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
+    ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers", "weight_costs"],
     ["mask", "layers", "score_model", "pretrain", "report_page", "flop_table"],
     ["layout", "checkpoint_folders", "distill_ranks", "distill_losses"],
     ["distill_masks"],
