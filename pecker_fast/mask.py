@@ -6,19 +6,23 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pecker_fast.block_scores import BlockScores
-from pecker_fast.blocks import Block, BlockGrid, ParameterMask
+from pecker_fast.blocks import Block, ParameterMask
 from pecker_fast.checkpoint import atomic_file, read_safetensors, write_safetensors
+from pecker_fast.combine import combine
 from pecker_fast.config import check_density
 from pecker_fast.errors import FileFormatError
 from pecker_fast.maskable import survey
 from pecker_fast.packing import grid_of, pack, unpack
+from pecker_fast.regions import Region
 from pecker_fast.saliency import Saliency
-from pecker_fast.selection import Scope, forbidden_blocks, select_blocks, select_in_scope, select_ranked
+from pecker_fast.selection import Scope, select_blocks, select_in_scope, select_random, select_ranked
+from pecker_fast.terms import Budget, Terms
 
 FORMAT = "pecker_fast.mask"
 VERSION = 1
@@ -34,7 +38,7 @@ class BlockMask:
     Attributes:
         parameters: Name of the weight -> its active blocks, for every maskable weight, in the model's order.
         total: Weights of the whole model, also those that cannot be masked: what ``density`` is a share of.
-        density_asked: Share of the weights that was asked for.
+        density_asked: Share of the weights that was asked for, or of their costs.
         mass: Share of the summed saliency that lies on active weights; None where there was no saliency.
     """
 
@@ -51,6 +55,11 @@ class BlockMask:
         block: Block = "auto",
         scope: Scope = "global",
         exclude: Iterable[BlockMask] = (),
+        *,
+        region: Region = "all",
+        costs: Mapping[str, float] | None = None,
+        budget: Budget = "parameters",
+        per_cost: bool = False,
     ) -> BlockMask:
         """The most salient blocks.
 
@@ -65,22 +74,25 @@ class BlockMask:
             scope: "global" ranks over the whole network, "layer" within each layer (a module's weight and bias).
             exclude: Masks whose weights are left alone: blocks that share a weight with one of them are not selected,
                 so that what is trained under this mask and under those is disjoint.
+            region: Where the blocks may lie: "all", "encoder", "middle" or "decoder" of a UNet, or a tuple of prefixes
+                of weight names. ``density`` stays a share of the whole model.
+            costs: Name -> what one active weight costs, in any unit: ``weight_gradient_flops`` has FLOPs.
+            budget: "parameters", or "costs": ``density`` is then the share of the summed costs of all maskable weights,
+                and active is the longest prefix whose costs have a sum within it.
+            per_cost: Rank by mean saliency per weight divided by what a weight costs.
 
         Raises:
-            ValueError: ``density`` or ``block`` out of range, saliency that is empty, not finite, or all equal (it
-                ranks nothing), or every block excluded.
+            ValueError: An argument is out of range; saliency that is empty, not finite, or all equal (it ranks
+                nothing); every block excluded; a region that the model has not, or that holds less than ``density``;
+                costs that are missing, not positive, or given to no purpose.
         """
         check_density(density)
         if not isinstance(saliency, Saliency):
             saliency = Saliency(saliency)
         saliency.check()
-        grids = saliency.grids(block)
-        forbidden = forbidden_blocks(grids, (mask.parameters for mask in exclude))
-
-        def select(part: Mapping[str, BlockGrid], budget: int) -> dict[str, ParameterMask]:
-            return select_blocks(saliency, part, budget, forbidden)
-
-        parameters = select_in_scope(select, grids, density, scope, saliency.total)
+        excluded = (mask.parameters for mask in exclude)
+        terms = Terms.of(saliency.grids(block), saliency.total, excluded, region, costs, budget, per_cost)
+        parameters = select_in_scope(partial(select_blocks, saliency, terms=terms), terms, density, scope)
         return cls(parameters, saliency.total, density, saliency.mass(parameters))
 
     @classmethod
@@ -90,26 +102,24 @@ class BlockMask:
         density: float = 0.1,
         scope: Scope = "global",
         exclude: Iterable[BlockMask] = (),
+        *,
+        region: Region = "all",
+        costs: Mapping[str, float] | None = None,
+        budget: Budget = "parameters",
+        per_cost: bool = False,
     ) -> BlockMask:
         """The blocks with the highest mean score per weight; as ``from_saliency``, without a value for every weight.
 
-        Args:
-            scores: Sums over blocks, from ``score_blocks``.
-            density: Share of all weights, in (0, 1].
-            scope: "global" or "layer".
-            exclude: Masks whose weights are left alone.
+        ``scores`` come from ``score_blocks``; the rest is as there.
 
         Raises:
             ValueError: As ``from_saliency``.
         """
         check_density(density)
         scores.check()
-        means, forbidden = scores.means(), forbidden_blocks(scores.grids, (mask.parameters for mask in exclude))
-
-        def select(part: Mapping[str, BlockGrid], budget: int) -> dict[str, ParameterMask]:
-            return select_ranked(means, part, budget, forbidden=forbidden)
-
-        parameters = select_in_scope(select, scores.grids, density, scope, scores.total)
+        excluded = (mask.parameters for mask in exclude)
+        terms = Terms.of(scores.grids, scores.total, excluded, region, costs, budget, per_cost)
+        parameters = select_in_scope(partial(select_ranked, scores.means(), terms=terms), terms, density, scope)
         return cls(parameters, scores.total, density, scores.mass(parameters))
 
     @classmethod
@@ -120,21 +130,23 @@ class BlockMask:
         block: Block = "auto",
         seed: int = 0,
         exclude: Iterable[BlockMask] = (),
+        *,
+        region: Region = "all",
+        costs: Mapping[str, float] | None = None,
+        budget: Budget = "parameters",
     ) -> BlockMask:
-        """The control: blocks in random order, as many as fit within the density. The same for the same seed.
+        """The control: blocks in random order, as many as fit within the budget. The same for the same seed.
+
+        ``exclude`` and all that follows are as in ``from_saliency``.
 
         Raises:
-            ValueError: ``density`` or ``block`` out of range, no maskable weight, or every block excluded.
+            ValueError: As ``from_saliency``, or no maskable weight.
         """
         check_density(density)
         found = survey(model)
-        grids = found.grids(block)
-        generator = torch.Generator().manual_seed(seed)
-        ranks = torch.randperm(sum(grid.num_blocks for grid in grids.values()), generator=generator)
-        pieces = dict(zip(grids, ranks.split([grid.num_blocks for grid in grids.values()]), strict=True))
-        forbidden = forbidden_blocks(grids, (mask.parameters for mask in exclude))
-        parameters = select_ranked(pieces, grids, round(density * found.total), fill=True, forbidden=forbidden)
-        return cls(parameters, found.total, density)
+        excluded = (mask.parameters for mask in exclude)
+        terms = Terms.of(found.grids(block), found.total, excluded, region, costs, budget)
+        return cls(select_random(terms, density, seed), found.total, density)
 
     @classmethod
     def dense(cls, model: nn.Module) -> BlockMask:
@@ -176,17 +188,7 @@ class BlockMask:
     __or__, __and__, __sub__, __invert__ = union, intersection, difference, complement
 
     def _combine(self, other: BlockMask, rule: Callable[[Tensor, Tensor], Tensor]) -> BlockMask:
-        for name in dict.fromkeys((*self.parameters, *other.parameters)):
-            grids = [mask.parameters[name].grid if name in mask.parameters else None for mask in (self, other)]
-            if grids[0] != grids[1]:
-                raise ValueError(
-                    f"masks combine block by block, but {name} is {_cut(grids[0])} in one and {_cut(grids[1])} in the "
-                    f"other; make both from one model with the same block"
-                )
-        parameters = {
-            name: ParameterMask.of_flags(mine.grid, rule(mine.flags(), other.parameters[name].flags()))
-            for name, mine in self.parameters.items()
-        }
+        parameters = combine(self.parameters, other.parameters, rule)
         density = sum(parameter.numel for parameter in parameters.values()) / self.total
         return BlockMask(parameters, self.total, density)
 
@@ -306,7 +308,3 @@ class BlockMask:
         parameters = {name: unpack(tensors[name], grid) for name, grid in grids.items()}
         mass = float(header["mass"]) if header["mass"] else None
         return cls(parameters, int(header["total"]), float(header["density_asked"]), mass)
-
-
-def _cut(grid: BlockGrid | None) -> str:
-    return "missing" if grid is None else f"{grid.shape} in blocks of {grid.block}"

@@ -26,7 +26,7 @@ def in_region(names: Iterable[str], region: Region) -> frozenset[str]:
         region: "all", a part of a UNet, or prefixes of names.
 
     Raises:
-        ValueError: ``region`` is none of these, or it (or one of its prefixes) is the name of no weight here.
+        ValueError: ``region`` is none of these, no weight lies in it, or one of its prefixes begins no name.
     """
     check_region(region)
     names = tuple(names)

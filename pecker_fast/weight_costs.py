@@ -27,8 +27,8 @@ def weight_gradient_flops(model: nn.Module, run: Callable[[nn.Module], object]) 
         biases                          half of what the weight beside them costs: a sum without products
         rows of an embedding            look-ups / rows: what is added to each on average
 
-    The counter leaves out the last three. Times the number of weights, the first two are its weight gradient, but for
-    grouped convolutions, where it forgets that each weight sees one group only.
+    The counter leaves out the last three. The first two, times the number of weights, are the weight gradient that it
+    counts, except of grouped convolutions, where it forgets that each weight sees one group only.
 
     ``run`` is called once, without gradients and with the model in eval mode; the model comes back as it was. Weights
     may be fake tensors (``FakeTensorMode``): what is asked of them is the shapes of outputs.

@@ -12,7 +12,7 @@ LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
     ["checkpoint", "blocks", "data", "regions"],
     ["config", "distributed", "scatter", "schedule", "manifest"],
-    ["ops", "maskable", "sampling", "metrics", "packing", "block_scores"],
+    ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms"],
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers", "weight_costs"],
     ["mask", "layers", "score_model", "pretrain", "report_page", "flop_table"],
     ["layout", "checkpoint_folders", "distill_ranks", "distill_losses"],
