@@ -16,10 +16,11 @@ from pecker_fast.active import ActiveParameters  # noqa: E402
 from pecker_fast.apply import apply_mask  # noqa: E402
 from pecker_fast.block_scores import BlockScores  # noqa: E402
 from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
-from pecker_fast.config import DistillConfig, MaskConfig  # noqa: E402
+from pecker_fast.config import DistillConfig  # noqa: E402
 from pecker_fast.delta import Delta, export_shira  # noqa: E402
 from pecker_fast.distiller import MaskedDistiller  # noqa: E402
 from pecker_fast.mask import BlockMask  # noqa: E402
+from pecker_fast.mask_config import MaskConfig  # noqa: E402
 from pecker_fast.ops import backends, use_backend  # noqa: E402
 from pecker_fast.optim import MaskedAdamW  # noqa: E402
 from pecker_fast.refresh import MaskRefresher, change_mask, linear_density  # noqa: E402

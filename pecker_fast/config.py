@@ -1,4 +1,4 @@
-"""Settings of a mask and of a distillation run: every default once, validated where it is made."""
+"""Settings of a distillation run: every default once, validated where it is made."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from pecker_fast.blocks import Block, check_block
+from pecker_fast.mask_config import MaskConfig
+from pecker_fast.settings import known_keys, one_of, positive_int
 
-MaskKind = Literal["saliency", "random", "dense"]
-Scope = Literal["global", "layer"]
-AccumulateKind = Literal["signed_sum", "abs", "square"]
-LrScale = Literal["none", "density", "mass"]
-SaliencyLoss = Literal["noise_prediction", "distillation", "forget_specific"]
 Preset = Literal["published", "exact", "fast"]
 
 SWITCHES: Mapping[str, Mapping[Preset, bool]] = MappingProxyType(
@@ -30,74 +26,6 @@ SWITCHES: Mapping[str, Mapping[Preset, bool]] = MappingProxyType(
 """Switch of ``DistillConfig`` -> what each preset sets it to; docs/design.md has what they save and what they cost."""
 FAST_FORGET_SHARE = 4
 """Preset "fast" draws one forgotten sample for so many retained ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskConfig:
-    """Which weights of the generator train.
-
-    Attributes:
-        kind: "saliency" (PECKER), "random" (the control: same density, no information) or "dense" (every weight).
-        density: Share of all weights that train, in (0, 1].
-        block: (out, in), "row", "element" or "auto"; see ``BlockMask``.
-        scope: Rank blocks over the whole network ("global") or within each layer ("layer").
-        saliency: Whose gradient is looked at: "noise_prediction" (published: the noise-prediction loss on the classes
-            to forget), "distillation" (the generator's own loss, on retained and forgotten classes), or
-            "forget_specific" (its part on forgotten classes, relative to its part on retained ones).
-        saliency_warmup: Updates of a copy of the fake score before the last two: until it has left the true score, the
-            generator's loss on retained classes has no gradient at all.
-        accumulate: How gradients add up to saliency: "signed_sum" (SalUn), "abs" or "square".
-        batches: Batches of the saliency pass, when it draws its own samples. Too few make a noisy mask.
-        batch_size: Samples in each of them; None takes the distiller's ``forget_batch_size``.
-        lr_scale: What multiplies the generator's learning rate, because fewer moving weights need larger steps to move
-            the function as far: "none" 1, "density" 1 / density, "mass" 1 / sqrt(mass * density), mass being the
-            share of the summed gradient magnitude that falls on active weights. For a random mask the last two agree.
-        lr_scale_max: At most this; None has no limit.
-    """
-
-    kind: MaskKind = "saliency"
-    density: float = 0.1
-    block: Block = "auto"
-    scope: Scope = "global"
-    saliency: SaliencyLoss = "noise_prediction"
-    saliency_warmup: int = 20
-    accumulate: AccumulateKind = "signed_sum"
-    batches: int = 8
-    batch_size: int | None = None
-    lr_scale: LrScale = "none"
-    lr_scale_max: float | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("MaskConfig.kind", self.kind, get_args(MaskKind))
-        _one_of("MaskConfig.scope", self.scope, get_args(Scope))
-        _one_of("MaskConfig.accumulate", self.accumulate, get_args(AccumulateKind))
-        _one_of("MaskConfig.lr_scale", self.lr_scale, get_args(LrScale))
-        _one_of("MaskConfig.saliency", self.saliency, get_args(SaliencyLoss))
-        check_density(self.density)
-        if isinstance(self.block, list):  # JSON has no tuples
-            object.__setattr__(self, "block", tuple(self.block))
-        check_block(self.block)
-        _positive_int("MaskConfig.batches", self.batches)
-        if self.batch_size is not None:
-            _positive_int("MaskConfig.batch_size", self.batch_size)
-        if (
-            not isinstance(self.saliency_warmup, int)
-            or isinstance(self.saliency_warmup, bool)
-            or self.saliency_warmup < 0
-        ):
-            raise ValueError(f"MaskConfig.saliency_warmup: expected an integer >= 0, got {self.saliency_warmup!r}")
-        if self.lr_scale_max is not None and not (self.lr_scale_max > 0 and math.isfinite(self.lr_scale_max)):
-            raise ValueError(f"MaskConfig.lr_scale_max: expected a positive number or None, got {self.lr_scale_max!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON would hold it."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MaskConfig:
-        """From ``to_dict``; unknown keys are refused."""
-        _known_keys(cls, values)
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +120,9 @@ class DistillConfig:
             )
         self._resolve_preset()
         for name in ("num_classes", "batch_size"):
-            _positive_int(f"DistillConfig.{name}", getattr(self, name))
+            positive_int(f"DistillConfig.{name}", getattr(self, name))
         if self.forget_batch_size is not None:
-            _positive_int("DistillConfig.forget_batch_size", self.forget_batch_size)
+            positive_int("DistillConfig.forget_batch_size", self.forget_batch_size)
         if len(self.sample_shape) != 3 or min(self.sample_shape) < 1:
             raise ValueError(f"DistillConfig.sample_shape: expected (channels, height, width), got {self.sample_shape}")
         self._check_classes()
@@ -202,7 +130,7 @@ class DistillConfig:
 
     def _resolve_preset(self) -> None:
         """Afterwards no switch is None: what is in a config is what runs."""
-        _one_of("DistillConfig.preset", self.preset, get_args(Preset))
+        one_of("DistillConfig.preset", self.preset, get_args(Preset))
         for name, presets in SWITCHES.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, presets[self.preset])
@@ -282,27 +210,5 @@ class DistillConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DistillConfig:
         """From ``to_dict``; unknown keys are refused."""
-        _known_keys(cls, values)
+        known_keys(cls, values)
         return cls(**values)
-
-
-def check_density(density: float) -> None:
-    """Refuse a density outside (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-        raise ValueError(f"density: expected the share of weights that train, in (0, 1], got {density!r}")
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-
-def _positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
-def _known_keys(cls: type, values: Mapping[str, Any]) -> None:
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")

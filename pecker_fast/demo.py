@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pecker_fast import report
 from pecker_fast.blocks import Block
 from pecker_fast.checkpoint import atomic_folder, write_json
-from pecker_fast.config import DistillConfig, MaskConfig
+from pecker_fast.config import DistillConfig
 from pecker_fast.digits_task import (
     NUM_CLASSES,
     SAMPLE_SHAPE,
@@ -28,6 +28,7 @@ from pecker_fast.digits_task import (
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.flops import count_flops
 from pecker_fast.mask import BlockMask
+from pecker_fast.mask_config import MaskConfig
 from pecker_fast.models import DDPMUNet
 
 TARGET = 0.95

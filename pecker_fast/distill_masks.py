@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from pecker_fast.config import MaskConfig
 from pecker_fast.distill_losses import DistillLosses
 from pecker_fast.draws import Batch, Draws
 from pecker_fast.mask import BlockMask
+from pecker_fast.mask_config import MaskConfig
+from pecker_fast.maskable import survey
 from pecker_fast.saliency import Saliency, compute_saliency
+from pecker_fast.weight_costs import weight_gradient_flops
 
 Images = Iterable[tuple[Tensor, Tensor]]
 """(x0, labels) each."""
@@ -75,16 +79,17 @@ class MaskMaker:
                 f"or take saliency='noise_prediction'"
             )
         if config.kind != "saliency":
-            return _without_saliency(self.generator, config, self.losses.config.seed, exclude)
-        return _ranked(self._saliency(config, fake_score, images), config, exclude)
+            return self._without_saliency(self.generator, config, exclude)
+        return self._ranked(self._saliency(config, fake_score, images), self.generator, config, exclude)
 
     def of_fake_score(self, fake_score: nn.Module) -> BlockMask:
         """The fake score's mask by ``config.fake_score_mask``: saliency of its own loss, on all classes."""
         config = self.losses.config.mask_of_fake_score
         if config.kind != "saliency":
-            return _without_saliency(fake_score, config, self.losses.config.seed, ())
+            return self._without_saliency(fake_score, config)
         batches = (self._samples(self.draws.batch().labels) for _ in range(config.batches))
-        return _ranked(compute_saliency(fake_score, self.noise_prediction, batches, config.accumulate), config, ())
+        saliency = compute_saliency(fake_score, self.noise_prediction, batches, config.accumulate)
+        return self._ranked(saliency, fake_score, config)
 
     def passes(self, fake_score: nn.Module) -> list[Pass]:
         """What ``of_generator`` computes, as far as it has products."""
@@ -149,6 +154,39 @@ class MaskMaker:
     def _samples(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.losses.generate(self.generator, self.draws.noise(len(labels)), labels), labels
 
+    # -- selection ---------------------------------------------------------------------------------
+
+    def _ranked(
+        self, saliency: Saliency, network: nn.Module, config: MaskConfig, exclude: Sequence[BlockMask] = ()
+    ) -> BlockMask:
+        terms = self._terms(network, config, per_cost=config.rank == "flop")
+        return BlockMask.from_saliency(saliency, config.density, config.block, config.scope, exclude, **terms)
+
+    def _without_saliency(self, network: nn.Module, config: MaskConfig, exclude: Sequence[BlockMask] = ()) -> BlockMask:
+        if config.kind == "random":
+            terms, seed = self._terms(network, config), self.losses.config.seed
+            return BlockMask.random(network, config.density, config.block, seed, exclude, **terms)
+        if exclude:
+            raise ValueError("exclude: a dense run trains every weight; take another kind of mask to leave some alone")
+        return BlockMask.dense(network, config.region)
+
+    def _terms(self, network: nn.Module, config: MaskConfig, **terms: Any) -> dict[str, Any]:
+        """Where weights may lie and what they cost, for ``BlockMask``."""
+        by_cost = config.budget == "flops" or terms.get("per_cost", False)
+        costs = self._costs(network) if by_cost else None
+        budget = "costs" if config.budget == "flops" else "parameters"
+        return {"region": config.region, "costs": costs, "budget": budget, **terms}
+
+    def _costs(self, network: nn.Module) -> dict[str, float]:
+        """FLOPs of the gradient of one weight, for one sample; what is never reached is as cheap as the cheapest."""
+        with FakeCopyMode(FakeTensorMode(allow_non_fake_inputs=True)):
+            empty = copy.deepcopy(network)
+        draws = self.draws
+        noise = torch.zeros((1, *self.losses.config.sample_shape), device=draws.device, dtype=draws.dtype)
+        label = torch.zeros(1, dtype=torch.int64, device=draws.device)
+        costs = weight_gradient_flops(empty, lambda model: self.losses.generate(model, noise, label))
+        return {name: costs.get(name, min(costs.values())) for name in survey(network).maskable}
+
 
 def lr_scale(mask: BlockMask, config: MaskConfig) -> float:
     """What ``config.lr_scale`` multiplies the learning rate of a network with ``mask`` by."""
@@ -157,18 +195,6 @@ def lr_scale(mask: BlockMask, config: MaskConfig) -> float:
     by_density = config.lr_scale == "density" or mask.mass is None  # chance has as much mass as density
     scale = 1 / (mask.density if by_density else math.sqrt(mask.mass * mask.density))  # type: ignore[operator]
     return scale if config.lr_scale_max is None else min(scale, config.lr_scale_max)
-
-
-def _without_saliency(network: nn.Module, config: MaskConfig, seed: int, exclude: Sequence[BlockMask]) -> BlockMask:
-    if config.kind == "random":
-        return BlockMask.random(network, config.density, config.block, seed, exclude)
-    if exclude:
-        raise ValueError("exclude: a dense run trains every weight; take another kind of mask to leave some alone")
-    return BlockMask.dense(network)
-
-
-def _ranked(saliency: Saliency, config: MaskConfig, exclude: Sequence[BlockMask]) -> BlockMask:
-    return BlockMask.from_saliency(saliency, config.density, config.block, config.scope, exclude)
 
 
 def _relative(forget: Saliency, retain: Saliency) -> Saliency:

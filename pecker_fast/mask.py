@@ -15,13 +15,13 @@ from pecker_fast.block_scores import BlockScores
 from pecker_fast.blocks import Block, ParameterMask
 from pecker_fast.checkpoint import atomic_file, read_safetensors, write_safetensors
 from pecker_fast.combine import combine
-from pecker_fast.config import check_density
 from pecker_fast.errors import FileFormatError
 from pecker_fast.maskable import survey
 from pecker_fast.packing import grid_of, pack, unpack
-from pecker_fast.regions import Region
+from pecker_fast.regions import Region, in_region
 from pecker_fast.saliency import Saliency
 from pecker_fast.selection import Scope, select_blocks, select_in_scope, select_random, select_ranked
+from pecker_fast.settings import check_density
 from pecker_fast.terms import Budget, Terms
 
 FORMAT = "pecker_fast.mask"
@@ -149,11 +149,18 @@ class BlockMask:
         return cls(select_random(terms, density, seed), found.total, density)
 
     @classmethod
-    def dense(cls, model: nn.Module) -> BlockMask:
-        """Every maskable weight active: ordinary training."""
+    def dense(cls, model: nn.Module, region: Region = "all") -> BlockMask:
+        """Every maskable weight active, of the whole model (ordinary training) or of a region of it.
+
+        Raises:
+            ValueError: No maskable weight, or a region without any.
+        """
         found = survey(model)
-        grids = found.grids("row")
-        return cls({name: ParameterMask.full(grid) for name, grid in grids.items()}, found.total, 1.0, 1.0)
+        inside = in_region(found.maskable, region)
+        grids, nothing = found.grids("row"), torch.zeros(0, dtype=torch.int64)
+        parameters = {n: ParameterMask.full(g) if n in inside else ParameterMask(g, nothing) for n, g in grids.items()}
+        density = sum(parameter.numel for parameter in parameters.values()) / found.total
+        return cls(parameters, found.total, 1.0 if region == "all" else density, 1.0 if region == "all" else None)
 
     # -- combined ----------------------------------------------------------------------------------
 

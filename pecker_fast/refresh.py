@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import check_mask, layers_to_swap
 from pecker_fast.block_scores import BlockScores, ScoreKind
-from pecker_fast.config import check_density
 from pecker_fast.layout import Entry
 from pecker_fast.mask import BlockMask
 from pecker_fast.optim import MaskedAdamW
 from pecker_fast.scoring import score_blocks
 from pecker_fast.selection import Scope
+from pecker_fast.settings import check_density
 
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf"})
 """State that divides the step, by the names of torch.optim. In weights that enter it starts at its mean, not at zero:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast.blocks import Block, BlockGrid, ParameterMask
-from pecker_fast.config import AccumulateKind
 from pecker_fast.errors import NonFiniteError
+from pecker_fast.mask_config import AccumulateKind
 from pecker_fast.maskable import STORE, survey
 from pecker_fast.ops.accumulate_saliency import accumulate_saliency_
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from pecker_fast.commands.source import Source, load_source, torch_device
-from pecker_fast.config import DistillConfig, MaskConfig
+from pecker_fast.config import DistillConfig
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.iteration_flops import IterationFlops, describe
 from pecker_fast.mask import BlockMask
+from pecker_fast.mask_config import MaskConfig
 from pecker_fast.models import DDPMUNet
 from pecker_fast.schedule import NoiseSchedule
 

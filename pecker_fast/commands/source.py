@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import models
-from pecker_fast.config import DistillConfig, MaskConfig
+from pecker_fast.config import DistillConfig
 from pecker_fast.data import load_image_folder
 from pecker_fast.errors import FileFormatError
+from pecker_fast.mask_config import MaskConfig
 from pecker_fast.schedule import NoiseSchedule
 
 # Flag -> field; flags that are not given keep the field's default, which is written down in config.py alone.

@@ -1,0 +1,103 @@
+"""What is compared: arms by name, each a change of one common setting, and the studies that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pecker_fast import DistillConfig, MaskConfig
+from pecker_fast.config import SWITCHES
+from pecker_fast.demo import DemoConfig
+
+LR = 5e-4
+"""Learning rate of both networks before an arm's factor and its mask's scale."""
+BATCH = 32
+"""Retained samples of an update."""
+REPORTED, BOTH = ((7,), (5,)), (2, 6)
+"""Classes that the reported runs forget, one and two at once; no setting was chosen on them."""
+REPORTED_SEEDS = (0, 1, 2)
+TUNED_ON, TUNING_SEED = (0,), 100
+"""What learning rates are tuned on."""
+DENSITIES = (0.5, 0.25, 0.1, 0.05)
+FACTORS = (0.5, 1.0, 2.0)
+"""Learning rates that are tried for each arm, times ``LR`` and the mask's scale: the same budget for all."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to distil.
+
+    Attributes:
+        name: What tables call it.
+        settings: Of ``DistillConfig``, beside those of the demonstration.
+        factor: Multiplies the learning rates of the networks that are masked, or of both if none is.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    factor: float = 1.0
+
+    def config(self, forget: tuple[int, ...], seed: int) -> DistillConfig:
+        """The arm's run that forgets these classes."""
+        common = DemoConfig(forget=forget, seed=seed).distill_config("dense").to_dict()
+        for name in (*SWITCHES, "preset", "forget_batch_size", "fake_score_mask", "mask", "batch_size"):
+            common.pop(name, None)
+        rates = {"generator_lr": LR * self.factor, "fake_score_lr": LR}
+        masked = self.settings.get("fake_score_mask") is not None or self.settings.get("mask", DENSE).kind == "dense"
+        if masked:
+            rates["fake_score_lr"] *= self.factor
+        return DistillConfig(**(common | {"mask": DENSE, "batch_size": BATCH} | rates | dict(self.settings)))
+
+    def tuned(self, factor: float) -> Arm:
+        """The same with another learning rate."""
+        return replace(self, factor=factor)
+
+
+DENSE = MaskConfig(kind="dense")
+
+
+def random_rows(density: float, **changes: Any) -> MaskConfig:
+    """The control: rows by chance."""
+    return MaskConfig(kind="random", density=density, block="row", lr_scale="mass", **changes)
+
+
+def salient_rows(density: float, saliency: str, **changes: Any) -> MaskConfig:
+    """Rows by saliency: "published" is SalUn's signed sum of noise-prediction gradients, the others sums of squares."""
+    published = saliency == "noise_prediction"
+    look: dict[str, Any] = {"saliency": saliency, "accumulate": "signed_sum" if published else "square"}
+    look |= {"batches": 8, "batch_size": 64 if published else None}
+    return MaskConfig(kind="saliency", density=density, block="row", lr_scale="mass", **(look | changes))
+
+
+def _switches() -> Iterator[Arm]:
+    yield Arm("published", {"preset": "published"})
+    yield Arm("exact", {})
+    yield Arm("exact, generator forward reused", {"reuse_generator_forward": True})
+    yield Arm("exact, a quarter forgotten", {"forget_batch_size": BATCH // 4})
+    yield Arm("exact, an eighth forgotten", {"forget_batch_size": BATCH // 8})
+    yield Arm("exact, stop-gradient", {"stop_gradient": True})
+    yield Arm("fast", {"preset": "fast"})
+
+
+def _masked() -> Iterator[Arm]:
+    """The speed table's masks: a tenth of the weights, in the decoder of both networks or anywhere."""
+    for preset in ("exact", "fast"):
+        for mask in (random_rows(0.1), salient_rows(0.1, "distillation")):
+            for region in ("decoder", "all"):
+                both = {"preset": preset, "mask": replace(mask, region=region), "fake_score_mask": "same"}
+                yield Arm(f"{preset}, {mask.kind} 0.1 of {region}, both networks", both)
+        yield Arm(f"{preset}, random 0.1 of all, generator", {"preset": preset, "mask": random_rows(0.1)})
+
+
+def _densities() -> Iterator[Arm]:
+    quarter = {"forget_batch_size": BATCH // 4}
+    yield Arm("dense", quarter)
+    for density in DENSITIES:
+        yield Arm(f"random {density:g}", {**quarter, "mask": random_rows(density)})
+        for saliency in ("noise_prediction", "distillation", "forget_specific"):
+            yield Arm(f"{saliency} {density:g}", {**quarter, "mask": salient_rows(density, saliency)})
+
+
+DENSITY = tuple(_densities())
+STUDIES: Mapping[str, tuple[Arm, ...]] = {"switches": (*_switches(), *_masked()), "density": DENSITY}

@@ -1,0 +1,100 @@
+"""Settings of a mask: which weights train."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pecker_fast.blocks import Block, check_block
+from pecker_fast.regions import Region, check_region
+from pecker_fast.settings import check_density, known_keys, one_of, positive_int
+
+MaskKind = Literal["saliency", "random", "dense"]
+Scope = Literal["global", "layer"]
+Budget = Literal["parameters", "flops"]
+Rank = Literal["weight", "flop"]
+AccumulateKind = Literal["signed_sum", "abs", "square"]
+LrScale = Literal["none", "density", "mass"]
+SaliencyLoss = Literal["noise_prediction", "distillation", "forget_specific"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which weights of the generator train.
+
+    Attributes:
+        kind: "saliency" (PECKER), "random" (the control: same density, no information) or "dense" (every weight).
+        density: Share of all weights that train, in (0, 1].
+        block: (out, in), "row", "element" or "auto"; see ``BlockMask``.
+        scope: Rank blocks over the whole network ("global") or within each layer ("layer").
+        region: Where active weights may lie: "all", "encoder", "middle", "decoder", or prefixes of their names. With
+            "decoder" no graph is recorded, and nothing differentiated, below it. ``density`` stays a share of all.
+        budget: What ``density`` is a share of: "parameters", or "flops" of the weight gradients.
+        rank: By saliency per "weight", or per "flop" of a weight's gradient.
+        saliency: Whose gradient is looked at: "noise_prediction" (published: the noise-prediction loss on the classes
+            to forget), "distillation" (the generator's own loss, on retained and forgotten classes), or
+            "forget_specific" (its part on forgotten classes, relative to its part on retained ones).
+        saliency_warmup: Updates of a copy of the fake score before the last two: until it has left the true score, the
+            generator's loss on retained classes has no gradient at all.
+        accumulate: How gradients add up to saliency: "signed_sum" (SalUn), "abs" or "square".
+        batches: Batches of the saliency pass, when it draws its own samples. Too few make a noisy mask.
+        batch_size: Samples in each of them; None takes the distiller's ``forget_batch_size``.
+        lr_scale: What multiplies the generator's learning rate, because fewer moving weights need larger steps to move
+            the function as far: "none" 1, "density" 1 / density, "mass" 1 / sqrt(mass * density), mass being the
+            share of the summed gradient magnitude that falls on active weights. For a random mask the last two agree.
+        lr_scale_max: At most this; None has no limit.
+    """
+
+    kind: MaskKind = "saliency"
+    density: float = 0.1
+    block: Block = "auto"
+    scope: Scope = "global"
+    region: Region = "all"
+    budget: Budget = "parameters"
+    rank: Rank = "weight"
+    saliency: SaliencyLoss = "noise_prediction"
+    saliency_warmup: int = 20
+    accumulate: AccumulateKind = "signed_sum"
+    batches: int = 8
+    batch_size: int | None = None
+    lr_scale: LrScale = "none"
+    lr_scale_max: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("MaskConfig.kind", self.kind, get_args(MaskKind))
+        one_of("MaskConfig.scope", self.scope, get_args(Scope))
+        one_of("MaskConfig.budget", self.budget, get_args(Budget))
+        one_of("MaskConfig.rank", self.rank, get_args(Rank))
+        one_of("MaskConfig.accumulate", self.accumulate, get_args(AccumulateKind))
+        one_of("MaskConfig.lr_scale", self.lr_scale, get_args(LrScale))
+        one_of("MaskConfig.saliency", self.saliency, get_args(SaliencyLoss))
+        check_density(self.density)
+        for name in ("block", "region"):
+            if isinstance(value := getattr(self, name), list):  # JSON has no tuples
+                object.__setattr__(self, name, tuple(value))
+        check_region(self.region)
+        check_block(self.block)
+        positive_int("MaskConfig.batches", self.batches)
+        if self.batch_size is not None:
+            positive_int("MaskConfig.batch_size", self.batch_size)
+        if (
+            not isinstance(self.saliency_warmup, int)
+            or isinstance(self.saliency_warmup, bool)
+            or self.saliency_warmup < 0
+        ):
+            raise ValueError(f"MaskConfig.saliency_warmup: expected an integer >= 0, got {self.saliency_warmup!r}")
+        if self.lr_scale_max is not None and not (self.lr_scale_max > 0 and math.isfinite(self.lr_scale_max)):
+            raise ValueError(f"MaskConfig.lr_scale_max: expected a positive number or None, got {self.lr_scale_max!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MaskConfig:
+        """From ``to_dict``; unknown keys are refused."""
+        known_keys(cls, values)
+        return cls(**values)
