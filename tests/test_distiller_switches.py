@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 
 import pytest
@@ -193,85 +192,6 @@ def test_a_frozen_prefix_and_frozen_skips_are_left_out_unless_told():
     assert counted[False]["generator"]["input_gradient"] > counted[False]["generator"]["forward"] / 3
     assert counted[True]["fake_score"]["input_gradient"] < counted[False]["fake_score"]["input_gradient"]
     assert counted[True]["true_score"] == counted[False]["true_score"]
-
-
-# -- where saliency looks, and the learning rate that goes with a mask -----------------------------
-
-
-@pytest.mark.parametrize("saliency", ["distillation", "forget_specific"])
-def test_saliency_of_the_generators_own_loss(saliency):
-    """Against autograd by hand, with the same draws."""
-    own = MaskConfig(saliency=saliency, saliency_warmup=0, density=0.2, block="row", batches=2, accumulate="square")
-    teacher, other = unet(dropout=0.0).double(), unet(dropout=0.0).double()
-    for weight in other.parameters():
-        weight.data += 0.1 * torch.randn_like(weight)
-    ours, by_hand = (
-        MaskedDistiller(copy.deepcopy(teacher), SCHEDULE, config(mask=own), fake_score=other) for _ in range(2)
-    )
-    parts = {"distillation": [slice(None)], "forget_specific": [slice(6, None), slice(0, 6)]}[saliency]
-    sums = []
-    for part in parts:
-        total = dict.fromkeys(dict(by_hand.generator.named_parameters()), 0.0)
-        for _ in range(2):
-            batch = by_hand.draws.batch()[part]
-            x0 = by_hand.losses.generate(by_hand.generator.eval(), batch.noise, batch.labels)
-            x_t = SCHEDULE.add_noise(x0, batch.epsilon, batch.t)
-            true, fake = (
-                network.eval()(x_t, batch.t, labels)
-                for network, labels in ((by_hand.true_score, batch.targets), (by_hand.fake_score, batch.labels))
-            )
-            sigma = SCHEDULE.sigma(batch.t, x_t).flatten()
-            loss = (batch.weights * sid_loss(batch.epsilon, true, fake, sigma, 1.2)).sum()
-            weights = dict(by_hand.generator.named_parameters())
-            gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-            for name, gradient in zip(weights, gradients, strict=True):
-                total[name] = total[name] + (0 if gradient is None else gradient.square())
-        sums.append({name: torch.as_tensor(value).expand(weights[name].shape) for name, value in total.items()})
-    expected = sums[0]
-    if saliency == "forget_specific":
-        floor = sum(float(v.sum()) for v in sums[1].values()) / sum(v.numel() for v in sums[1].values())
-        expected = {name: sums[0][name] / (sums[1][name] + floor) for name in sums[0]}
-    mask = ours.build_mask()
-    assert mask == BlockMask.from_saliency({n: v.float() for n, v in expected.items()}, 0.2, "row")
-    magnitude = {name: sum(part[name] for part in sums).sqrt() for name in sums[0]}
-    active = sum(float(magnitude[name][mask.to_dense(name)].sum()) for name in magnitude)
-    assert mask.mass == pytest.approx(active / sum(float(v.sum()) for v in magnitude.values()), rel=1e-5)
-
-
-def test_the_fake_score_runs_ahead_on_a_copy():
-    own = MaskConfig(saliency="distillation", saliency_warmup=3, density=0.2, block="row", batches=1)
-    distiller = distilled(unet(dropout=0.0), mask=own, forget_weight=0.0)
-    before = copy.deepcopy(distiller.fake_score.state_dict())
-    mask = distiller.build_mask()  # without a warm-up the retained classes have no gradient, and nothing would rank
-    assert 0 < mask.mass <= 1
-    for name, weight in before.items():
-        assert torch.equal(distiller.fake_score.state_dict()[name], weight), name
-    with pytest.raises(ValueError, match="saliency: every value is 0"):
-        distilled(unet(dropout=0.0), mask=dataclasses.replace(own, saliency_warmup=0), forget_weight=0.0).build_mask()
-
-
-def test_images_are_for_the_published_saliency():
-    distiller = distilled(unet(), mask=MaskConfig(saliency="distillation"))
-    with pytest.raises(ValueError, match="leave the images out"):
-        distiller.build_mask([(torch.zeros(2, 1, 8, 8), torch.zeros(2).long())])
-    assert distiller.mask is None
-
-
-@pytest.mark.parametrize("rule, expected", [("none", 1.0), ("density", 5.0), ("mass", 5.0)])
-def test_learning_rates_of_both_networks(rule, expected):
-    own = MaskConfig(kind="random", density=0.2, block="element", lr_scale=rule)
-    distiller = distilled(unet(), mask=own, fake_score_mask="same", warmup_steps=4)
-    distiller.step()
-    distiller.step()
-    settings = distiller.config
-    for optimizer, lr in (
-        (distiller.generator_optimizer, settings.generator_lr),
-        (distiller.fake_score_optimizer, settings.fake_score_lr),
-    ):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr * expected / 2, rel=1e-3)
-    capped = distilled(unet(), mask=dataclasses.replace(own, lr_scale_max=2.0))
-    capped.build_mask()
-    assert capped.lr_scale == min(expected, 2.0) and capped.fake_score_lr_scale == 1.0
 
 
 # -- precision -------------------------------------------------------------------------------------
