@@ -1,8 +1,8 @@
 """Distil every arm of a study on digits and write what came out, one JSON line a run; lines that are there stay.
 
-    python benchmarks/quality/run.py switches --out build/quality/switches.jsonl
     python benchmarks/quality/run.py tuning --out build/quality/tuning.jsonl
-    python benchmarks/quality/run.py density --tuning build/quality/tuning.jsonl --out build/quality/density.jsonl
+    python benchmarks/quality/run.py switches --tuning build/quality/tuning.jsonl --out build/quality/switches.jsonl
+    (and so "masked" and "density")
 
 Two processes share a study with ``--part 0/2`` and ``--part 1/2``, each with a file of its own.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import BOTH, DENSITY, FACTORS, REPORTED, REPORTED_SEEDS, STUDIES, TUNED_ON, TUNING_SEED, Arm
+from arms import BOTH, FACTORS, REFERENCE, REPORTED, REPORTED_SEEDS, STUDIES, TUNED_ON, TUNING_SEED, Arm
 from tqdm import tqdm
 from tuning import best_factors
 
@@ -47,14 +47,12 @@ class Job:
 def jobs(study: str, tuning: Path | None) -> list[Job]:
     """All runs of a study, seed by seed, so that a study that is cut short is even."""
     if study == "tuning":
-        arms = [arm.tuned(factor) for arm in DENSITY for factor in FACTORS]
+        arms = [arm.tuned(factor) for name in ("density", "masked") for arm in STUDIES[name] for factor in FACTORS]
         return [Job(arm, TUNED_ON, TUNING_SEED, STEPS) for arm in arms]
-    arms = list(STUDIES[study])
-    if study == "density":
-        if tuning is None:
-            raise SystemExit("density: give --tuning, the file that 'tuning' wrote")
-        factors = best_factors(read(tuning))
-        arms = [arm.tuned(factors[arm.name]) for arm in arms]
+    if tuning is None:
+        raise SystemExit(f"{study}: give --tuning, the file that 'tuning' wrote")
+    factors = best_factors(read(tuning), REFERENCE)
+    arms = [arm.tuned(factors[REFERENCE if study == "switches" else arm.name]) for arm in STUDIES[study]]
     runs = [(forget, seed) for seed in REPORTED_SEEDS for forget in REPORTED]
     runs += [] if study == "density" else [(BOTH, REPORTED_SEEDS[0])]
     return [Job(arm, forget, seed, STEPS) for forget, seed in runs for arm in arms]
