@@ -24,6 +24,14 @@ REPORTED_SEEDS = (0, 1, 2)
 TUNED_ON, TUNING_SEED = (0,), 100
 """What learning rates are tuned on."""
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
+SALIENCIES = (
+    ("noise_prediction", "global"),
+    ("noise_prediction", "layer"),
+    ("distillation", "global"),
+    ("distillation", "layer"),
+    ("forget_specific", "layer"),
+)
+"""Whose gradients, and ranked over what."""
 FACTORS = (1.0, 2.0, 4.0)
 """Learning rates that are tried for each arm, times ``LR`` and the mask's scale: the same budget for all."""
 
@@ -88,7 +96,7 @@ def _switches() -> Iterator[Arm]:
 def _masked() -> Iterator[Arm]:
     """The speed table's masks: a tenth of the weights, in the decoder of both networks; and anywhere."""
     for preset in ("exact", "fast"):
-        for mask in (random_rows(0.1), salient_rows(0.1, "distillation")):
+        for mask in (random_rows(0.1), salient_rows(0.1, "distillation", scope="layer")):
             both = {"preset": preset, "mask": replace(mask, region="decoder"), "fake_score_mask": "same"}
             yield Arm(f"{preset}, {mask.kind} 0.1 of decoder, both networks", both)
     for own, where in (("same", "both networks"), (None, "generator")):
@@ -96,18 +104,15 @@ def _masked() -> Iterator[Arm]:
         yield Arm(f"exact, random 0.1 of all, {where}", settings)
 
 
-def _saliencies(density: float) -> tuple[str, ...]:
-    both = ("noise_prediction", "distillation")
-    return (*both, "forget_specific") if density in (0.25, 0.1) else both
-
-
 def _densities() -> Iterator[Arm]:
     quarter = {"forget_batch_size": BATCH // 4}
     yield Arm(REFERENCE, quarter)
     for density in DENSITIES:
         yield Arm(f"random {density:g}", {**quarter, "mask": random_rows(density)})
-        for saliency in _saliencies(density):
-            yield Arm(f"{saliency} {density:g}", {**quarter, "mask": salient_rows(density, saliency)})
+        for saliency, scope in SALIENCIES:
+            if saliency != "forget_specific" or density in (0.25, 0.1):
+                name = f"{saliency}{', by layer' if scope == 'layer' else ''} {density:g}"
+                yield Arm(name, {**quarter, "mask": salient_rows(density, saliency, scope=scope)})
 
 
 STUDIES: Mapping[str, tuple[Arm, ...]] = {
