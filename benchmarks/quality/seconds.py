@@ -1,0 +1,49 @@
+"""Seconds of a step of every arm, all in turn on a quiet machine, so that runs can be compared at equal seconds.
+
+python benchmarks/quality/seconds.py --out build/quality/seconds.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from arms import STUDIES
+from tqdm import tqdm
+
+from pecker_fast import MaskedDistiller
+from pecker_fast.demo import versions
+from pecker_fast.digits_task import SCHEDULE, load_teacher
+
+ROUNDS, STEPS = 9, 3
+
+
+def main() -> None:
+    """Time them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    teacher = load_teacher(progress=True)
+    arms = [arm for study in STUDIES.values() for arm in study]
+    distillers = {}
+    for arm in tqdm(arms, desc="masks", unit="arm"):
+        distillers[arm.name] = MaskedDistiller(teacher, SCHEDULE, arm.config((0,), 0))
+        distillers[arm.name].step()
+    times: dict[str, list[float]] = {name: [] for name in distillers}
+    for _ in tqdm(range(ROUNDS), desc="rounds", unit="round"):
+        for name, distiller in distillers.items():
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                distiller.step()
+            times[name].append((time.perf_counter() - started) / STEPS)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    facts = {"versions": versions(), "threads": torch.get_num_threads(), "seconds_of_a_step": medians}
+    options.out.write_text(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
