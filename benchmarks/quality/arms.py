@@ -43,7 +43,7 @@ class Arm:
     Attributes:
         name: What tables call it.
         settings: Of ``DistillConfig``, beside those of the demonstration.
-        factor: Multiplies the learning rates of the networks that are masked, or of both if none is.
+        factor: Multiplies the learning rates of both networks.
     """
 
     name: str
@@ -55,10 +55,7 @@ class Arm:
         common = DemoConfig(forget=forget, seed=seed).distill_config("dense").to_dict()
         for name in (*SWITCHES, "preset", "forget_batch_size", "fake_score_mask", "mask", "batch_size"):
             common.pop(name, None)
-        rates = {"generator_lr": LR * self.factor, "fake_score_lr": LR}
-        masked = self.settings.get("fake_score_mask") is not None or self.settings.get("mask", DENSE).kind == "dense"
-        if masked:
-            rates["fake_score_lr"] *= self.factor
+        rates = dict.fromkeys(("generator_lr", "fake_score_lr"), LR * self.factor)
         return DistillConfig(
             **(common | {"mask": DENSE, "batch_size": BATCH, "ema_decay": EMA} | rates | dict(self.settings))
         )
