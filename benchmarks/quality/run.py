@@ -47,12 +47,13 @@ class Job:
 def jobs(study: str, tuning: Path | None) -> list[Job]:
     """All runs of a study, seed by seed, so that a study that is cut short is even."""
     if study == "tuning":
-        arms = [arm.tuned(factor) for name in ("density", "masked") for arm in STUDIES[name] for factor in FACTORS]
+        tried = [arm for name in ("masked", "density") for arm in STUDIES[name] if arm.tuned_as == arm.name]
+        arms = [arm.tuned(factor) for arm in tried for factor in FACTORS]
         return [Job(arm, TUNED_ON, TUNING_SEED, STEPS) for arm in arms]
     if tuning is None:
         raise SystemExit(f"{study}: give --tuning, the file that 'tuning' wrote")
     factors = best_factors(read(tuning), REFERENCE)
-    arms = [arm.tuned(factors[REFERENCE if study == "switches" else arm.name]) for arm in STUDIES[study]]
+    arms = [arm.tuned(factors[arm.tuned_as]) for arm in STUDIES[study]]
     runs = [(forget, seed) for seed in REPORTED_SEEDS for forget in REPORTED]
     runs += [] if study == "density" else [(BOTH, REPORTED_SEEDS[0])]
     return [Job(arm, forget, seed, STEPS) for forget, seed in runs for arm in arms]
