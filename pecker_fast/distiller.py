@@ -9,14 +9,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pecker_fast import distill_checkpoint, distill_output
-from pecker_fast.active import ActiveParameters
+from pecker_fast import distill_checkpoint, distill_output, distill_state
 from pecker_fast.apply import apply_mask
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.config import DistillConfig
@@ -25,20 +24,16 @@ from pecker_fast.distill_losses import DistillLosses
 from pecker_fast.distill_masks import MaskMaker, lr_scale
 from pecker_fast.distill_parts import agreed_parts
 from pecker_fast.distill_ranks import Ranks
-from pecker_fast.draws import Batch, Draws
+from pecker_fast.distill_updates import Learner, Updates, make_optimizer, warmup
+from pecker_fast.draws import Draws
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask
-from pecker_fast.optim import MaskedAdamW
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-Sampled: TypeAlias = tuple[Batch, Tensor]
-"""What was drawn, and the generator's samples of it."""
 
 
 class MaskedDistiller:
@@ -132,13 +127,7 @@ class MaskedDistiller:
         config = self.config.mask
         if config.kind != "saliency" or config.saliency == "noise_prediction" or not config.saliency_warmup:
             return self.fake_score
-        ahead = copy.deepcopy(self.fake_score)
-        active = apply_mask(ahead, BlockMask.dense(ahead), unmaskable="dense")
-        optimizer = self._optimizer(active, self.config.fake_score_lr, None)
-        for step in range(config.saliency_warmup):
-            self._update_fake_score(ahead, optimizer, self.config.fake_score_lr * self._warmup(step))
-        active.requires_grad_(False)
-        return ahead.eval()
+        return self._updates.ahead(self.fake_score, config.saliency_warmup)
 
     def use_mask(self, mask: BlockMask, fake_score_mask: BlockMask | None = None) -> BlockMask:
         """Train with a given mask, for example one read from a file.
@@ -160,30 +149,18 @@ class MaskedDistiller:
         config = self.config
         self.active = apply_mask(self.generator, mask)
         self.mask = mask
-        self.generator_optimizer = self._optimizer(self.active, config.generator_lr, config.ema_decay)
+        self.generator_optimizer = make_optimizer(config, self.active, config.generator_lr, config.ema_decay)
         if fake_score_mask is None:
             fake_score_mask = self.ranks.shared_mask(lambda: self.masks.of_fake_score(self.fake_score))
         self.fake_score_mask = fake_score_mask
         all_of_it = all(parameter.is_full for parameter in fake_score_mask.parameters.values())
         fake_active = apply_mask(self.fake_score, fake_score_mask, unmaskable="dense" if all_of_it else "frozen")
-        self.fake_score_optimizer = self._optimizer(fake_active, config.fake_score_lr, None)
+        self.fake_score_optimizer = make_optimizer(config, fake_active, config.fake_score_lr)
         return mask
 
     def _check_no_mask(self) -> None:
         if self.mask is not None:
             raise RuntimeError("the distiller has a mask already; make a new MaskedDistiller for another one")
-
-    def _optimizer(self, active: ActiveParameters, lr: float, ema_decay: float | None) -> MaskedAdamW:
-        config = self.config
-        return MaskedAdamW(
-            active,
-            lr,
-            config.betas,
-            config.eps,
-            config.weight_decay,
-            clip_value=config.clip_value,
-            ema_decay=ema_decay,
-        )
 
     @property
     def lr_scale(self) -> float:
@@ -205,74 +182,18 @@ class MaskedDistiller:
         """
         if self.mask is None:
             self.build_mask()
-        config, warmup = self.config, self._warmup(self.steps_done)
-        with self.losses.frozen_parts():
-            samples = self._samples_to_learn_from() if config.reuse_generator_forward else None
-            lr = config.fake_score_lr * self.fake_score_lr_scale * warmup
-            fake_score_loss = self._update_fake_score(self.fake_score, self.fake_score_optimizer, lr, samples)
-            generator_loss = self._update_generator(config.generator_lr * self.lr_scale * warmup, samples)
+        config, share = self.config, warmup(self.config, self.steps_done)
+        lr, fake_score_lr = config.generator_lr * self.lr_scale, config.fake_score_lr * self.fake_score_lr_scale
+        losses = self._updates.iteration(
+            Learner(self.generator, self.generator_optimizer, lr * share),
+            Learner(self.fake_score, self.fake_score_optimizer, fake_score_lr * share),
+        )
         self.steps_done += 1
-        return {"fake_score_loss": fake_score_loss, "generator_loss": generator_loss}
+        return losses
 
-    def _warmup(self, steps_done: int) -> float:
-        """Share of the learning rates in the step after so many."""
-        warmup = self.config.warmup_steps
-        return min(1.0, (steps_done + 1) / warmup) if warmup else 1.0
-
-    def _update_fake_score(
-        self, fake_score: nn.Module, optimizer: MaskedAdamW, lr: float, samples: list[Sampled] | None = None
-    ) -> Tensor:
-        """The fake score learns the generator's samples: noise prediction on x0 = G(z, c), the generator fixed."""
-        fake_score.train()
-        optimizer.active.requires_grad_(True)
-        optimizer.zero_grad()
-        if samples is None:
-            self.generator.eval()
-            with torch.no_grad():
-                samples = list(self._samples())
-        losses = (
-            (batch.weights * self.losses.of_fake_score(fake_score, batch, x0.detach())).sum() for batch, x0 in samples
-        )
-        return self._step(optimizer, losses, lr)
-
-    def _update_generator(self, lr: float, samples: list[Sampled] | None = None) -> Tensor:
-        """The generator moves its samples to where the true score, asked for the target class, wants them."""
-        self.fake_score.eval()
-        self.fake_score_optimizer.active.requires_grad_(False)
-        if samples is None:
-            self.generator.train()
-            self.generator_optimizer.zero_grad()
-        again = ((self.draws.again(batch), x0) for batch, x0 in samples or ())
-        losses = (
-            (batch.weights * self.losses.of_generator(self.true_score, self.fake_score, batch, x0)).sum()
-            for batch, x0 in (self._samples() if samples is None else again)
-        )
-        return self._step(self.generator_optimizer, losses, lr)
-
-    def _samples_to_learn_from(self) -> list[Sampled]:
-        """Samples with their graph, for both updates."""
-        self.generator.train()
-        self.generator_optimizer.zero_grad()
-        return list(self._samples())
-
-    def _samples(self) -> Iterator[Sampled]:
-        """A batch and the generator's samples of it; retained and forgotten ones apart if they are not merged."""
-        batch, retained = self.draws.batch(), self.config.batch_size
-        merged = self.config.merge_batches or not self.config.forget
-        for part in (batch,) if merged else (batch[:retained], batch[retained:]):
-            yield part, self.losses.generate(self.generator, part.noise, part.labels)
-
-    def _step(self, optimizer: MaskedAdamW, losses: Iterable[Tensor], lr: float) -> Tensor:
-        """Follow the gradient of the sum of ``losses``, which are computed and dropped one after the other."""
-        optimizer.param_groups[0]["lr"] = lr
-        total: Tensor | None = None
-        for loss in losses:
-            loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
-        if self.ranks.group is not None:
-            optimizer.active.all_reduce_(self.ranks.group)
-        optimizer.step()
-        return cast(Tensor, total)
+    @property
+    def _updates(self) -> Updates:
+        return Updates(self.losses, self.draws, self.ranks, self.true_score, self.generator)
 
     def flops(self, steps: int | None = None) -> dict[str, Any]:
         """What one ``step`` computes by network and by kind, 2 a multiply-add, as ``torch.utils.flop_counter`` counts.
@@ -389,21 +310,7 @@ class MaskedDistiller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: tensors, numbers and strings only."""
-        if self.mask is None:
-            raise RuntimeError("no state yet: call build_mask() first")
-        (mask, header), (fake_mask, fake_header) = (m.to_tensors() for m in (self.mask, self.fake_score_mask))
-        return {
-            "steps_done": self.steps_done,
-            "mask": mask,
-            "mask_header": header,
-            "fake_score_mask": fake_mask,
-            "fake_score_mask_header": fake_header,
-            "generator": self.generator.state_dict(),
-            "fake_score": self.fake_score.state_dict(),
-            "generator_optimizer": self.generator_optimizer.state_dict(),
-            "fake_score_optimizer": self.fake_score_optimizer.state_dict(),
-            "rng": self.draws.rng.get_state(),
-        }
+        return distill_state.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; the next step is the same to the bit (dropout draws apart).
@@ -411,19 +318,7 @@ class MaskedDistiller:
         Raises:
             ValueError: The state has another mask than the one in use.
         """
-        mask, fake_score_mask = (
-            BlockMask.from_tensors(state[name], state[f"{name}_header"]) for name in ("mask", "fake_score_mask")
-        )
-        if self.mask is None:
-            self.use_mask(mask, fake_score_mask)
-        elif self.mask != mask or self.fake_score_mask != fake_score_mask:
-            raise ValueError("the state was saved with another mask; load it into a new MaskedDistiller")
-        self.generator.load_state_dict(state["generator"])
-        self.fake_score.load_state_dict(state["fake_score"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        self.fake_score_optimizer.load_state_dict(state["fake_score_optimizer"])
-        self.draws.rng.set_state(state["rng"])
-        self.steps_done = state["steps_done"]
+        distill_state.load_state(self, state)
 
     def save_checkpoint(
         self, root: StrPath, *, total_limit: int | None = None, extra: Mapping[str, Any] | None = None
