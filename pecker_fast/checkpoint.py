@@ -89,17 +89,23 @@ def atomic_file(path: StrPath) -> Iterator[Path]:
 
 
 def write_json(path: StrPath, values: Mapping[str, Any]) -> None:
-    """Write one JSON object, indented; floats survive exactly.
+    """Write one JSON object, indented; floats survive exactly, any mapping is an object.
 
     Raises:
         FileFormatError: The file cannot be written.
         ValueError: A value is NaN or infinite, which JSON cannot hold.
     """
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(values, indent=2, allow_nan=False, default=_object) + "\n"
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _object(value: object) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def read_json(path: StrPath) -> dict[str, Any]:

@@ -65,9 +65,13 @@ class Updates:
             generator_loss = self._of_generator(generator, fake_score, samples)
         return {"fake_score_loss": fake_score_loss, "generator_loss": generator_loss}
 
-    def ahead(self, fake_score: nn.Module, steps: int) -> nn.Module:
-        """A copy of the fake score that has trained, all of it, for so many steps; the generator stands still."""
-        config, network = self.losses.config, copy.deepcopy(fake_score)
+    def ahead(self, fake_score: nn.Module) -> nn.Module:
+        """The fake score; where the mask is to look at the generator's own loss, a copy that has trained a little."""
+        config = self.losses.config
+        steps = config.mask.saliency_warmup
+        if config.mask.kind != "saliency" or config.mask.saliency == "noise_prediction" or not steps:
+            return fake_score
+        network = copy.deepcopy(fake_score)
         active = apply_mask(network, BlockMask.dense(network), unmaskable="dense")
         optimizer = make_optimizer(config, active, config.fake_score_lr)
         for step in range(steps):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,11 +25,11 @@ from pecker_fast.distill_parts import agreed_parts
 from pecker_fast.distill_ranks import Ranks
 from pecker_fast.distill_updates import Learner, Updates, make_optimizer, warmup
 from pecker_fast.draws import Draws
-from pecker_fast.errors import NonFiniteError
 from pecker_fast.mask import BlockMask
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
+from pecker_fast.step_metrics import StepMetrics, checked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -117,17 +116,10 @@ class MaskedDistiller:
             ValueError: Images, for a saliency that takes none; nothing left to choose from.
         """
         self._check_no_mask()
-        fake_score = self._fake_score_ahead()
+        fake_score = self._updates.ahead(self.fake_score)
         return self.use_mask(
             self.ranks.shared_mask(lambda: self.masks.of_generator(lambda: fake_score, batches, exclude))
         )
-
-    def _fake_score_ahead(self) -> nn.Module:
-        """The fake score; where the mask is to look at the generator's own loss, a copy that has trained a little."""
-        config = self.config.mask
-        if config.kind != "saliency" or config.saliency == "noise_prediction" or not config.saliency_warmup:
-            return self.fake_score
-        return self._updates.ahead(self.fake_score, config.saliency_warmup)
 
     def use_mask(self, mask: BlockMask, fake_score_mask: BlockMask | None = None) -> BlockMask:
         """Train with a given mask, for example one read from a file.
@@ -220,7 +212,7 @@ class MaskedDistiller:
 
         return iteration_flops(self, steps)
 
-    def run(self, steps: int, *, progress: bool = True, label: str = "unlearn") -> Iterator[dict[str, float]]:
+    def run(self, steps: int, *, progress: bool = True, label: str = "unlearn") -> Iterator[Mapping[str, float]]:
         """Iterate ``steps`` times, with a progress bar.
 
         Args:
@@ -229,19 +221,18 @@ class MaskedDistiller:
             label: What stands before it.
 
         Yields:
-            After every step: "step" (counted over the distiller's life) and the losses.
+            After every step: "step" (counted over the distiller's life) and the losses. On a GPU the step may still be
+            under way: it is waited for when a loss is read, and only then (see ``StepMetrics``).
 
         Raises:
-            NonFiniteError: A loss is NaN or infinite.
+            NonFiniteError: A loss is NaN or infinite; on a GPU that is known some steps later.
         """
-        for _ in tqdm(range(steps), desc=label, unit="step", disable=not progress or self.ranks.rank > 0):
-            metrics = {name: float(value) for name, value in self.step().items()}
-            for name, value in metrics.items():
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"step {self.steps_done}: {name} is {value}; lower the learning rates or raise warmup_steps"
-                    )
-            yield {"step": self.steps_done, **metrics}
+        bar = tqdm(range(steps), desc=label, unit="step", disable=not progress or self.ranks.rank > 0)
+        yield from checked(self._measured_step() for _ in bar)
+
+    def _measured_step(self) -> StepMetrics:
+        losses = self.step()
+        return StepMetrics(self.steps_done, losses)
 
     # -- what comes out ----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import pecker_fast
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
-    ["checkpoint", "blocks", "data", "regions", "settings"],
+    ["checkpoint", "blocks", "data", "regions", "settings", "step_metrics"],
     ["mask_config"],
     ["config", "distributed", "scatter", "schedule", "manifest"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms"],

@@ -6,7 +6,7 @@ import argparse
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ class Training:
     """
 
     options: argparse.Namespace
-    metrics: list[dict[str, float]] = field(default_factory=list)
+    metrics: list[Mapping[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     _started: float = field(default_factory=time.perf_counter)
     _written: Path | None = None
@@ -92,7 +92,7 @@ class Training:
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(*self._left()) from interrupt
 
-    def last_metrics(self) -> dict[str, float]:
+    def last_metrics(self) -> Mapping[str, float]:
         """Of the last step; a checkpoint that was not written here may have none."""
         return self.metrics[-1] if self.metrics else {"step": self.options.max_train_steps}
 

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> Outcome:
         mask = distiller.mask or distiller.build_mask()
         training.run(distiller)
         seconds, metrics = training.total_seconds(), training.last_metrics()
-        lines = "".join(json.dumps(step) + "\n" for step in training.metrics)
+        lines = "".join(json.dumps(dict(step)) + "\n" for step in training.metrics)
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
         distiller.save(folder)
     values = {
