@@ -183,6 +183,20 @@ class MaskedDistiller:
         self.steps_done += 1
         return losses
 
+    def compile(self, **options: Any) -> None:
+        """Compile the three networks in place: ``network.compile(**options)`` of each; the next step begins with it.
+
+        Chooses the mask first, if there is none: a compiled network belongs to its mask. Input gradients of frozen skip
+        connections are computed then, and dropped: which they are is not known while a network is traced.
+
+        Args:
+            **options: Of ``torch.compile``, for example ``mode="reduce-overhead"``.
+        """
+        if self.mask is None:
+            self.build_mask()
+        for network in (self.true_score, self.generator, self.fake_score):
+            network.compile(**options)
+
     @property
     def _updates(self) -> Updates:
         return Updates(self.losses, self.draws, self.ranks, self.true_score, self.generator)
