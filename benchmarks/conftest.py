@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from machines import here
-from measure import FACTS, FIGURES, LISTENERS, NOTES, ROWS, race
+from measure import FACTS, FIGURES, LISTENERS, NOTES, ROWS, Figure, race
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +46,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not ROWS:
-        return
     write = terminalreporter.write_line
+    if ROWS:
+        write_table(write)
+    for figure in FIGURES:
+        write(describe(figure))
+    if (ROWS or FIGURES) and (folder := terminalreporter.config.getoption("--rows")):
+        write_rows(Path(folder))
+        write(f"written to {folder}")
+
+
+def describe(figure: Figure) -> str:
+    ours, theirs = (v if isinstance(v, str) else f"{v:,.4g}" for v in (figure.ours, figure.theirs))
+    return f"{figure.what}, density {figure.density:.3g}: {ours} {figure.unit}, {figure.against}: {theirs}"
+
+
+def write_table(write: Callable[[str], None]) -> None:
     write("")
     write(f"{here().name}; interleaved medians; ratio = theirs / ours")
     head = ("what", "against", "density", "ours ms", "theirs ms", "ratio", "work, ours : theirs", "share of limit")
@@ -68,15 +82,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    if folder := terminalreporter.config.getoption("--rows"):
-        write_rows(Path(folder))
-        write(f"written to {folder}")
 
 
 def write_rows(path: Path) -> None:
     """All lines so far; fields that were not measured are left out."""
     rows = [{name: value for name, value in asdict(row).items() if value is not None} for row in ROWS]
-    more = {"figures": [asdict(figure) for figure in FIGURES], "notes": NOTES} if FACTS else {}
+    more = {"figures": [asdict(figure) for figure in FIGURES], "notes": NOTES} if FACTS or FIGURES or NOTES else {}
     write_json(path, {"machine": here().name, **FACTS, "rows": rows, **more})
 
 

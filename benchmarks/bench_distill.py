@@ -1,0 +1,95 @@
+"""An iteration of the distiller on the DDPM UNet of CIFAR-10: counted FLOPs, wall-clock and memory against dense runs.
+
+Every row names its whole setting: preset, mask, batch. Active are rows of convolutions and linear layers in the decoder
+of generator and fake score, a tenth of all weights of the model. Dense runs train every weight with the same
+optimizer, which at density 1 is as fast as torch's fused AdamW (bench_masked_adamw.py). On a GPU the race is that of
+gpu/bench_distillation.py.
+"""
+
+from __future__ import annotations
+
+import distillers
+import pytest
+import torch
+from distillers import EXACT, EXACT_DENSE, EXACT_SALIENCY, FAST, FAST_DENSE, PUBLISHED, REUSED, Masks, Setting
+from measure import Figure, race, record
+
+FLOPS_AT_MOST = {EXACT: 0.77, REUSED: 0.69, FAST: 0.43}
+"""Shares of the published iteration; arithmetic, not time."""
+STATE_AT_MOST = 0.5
+RACES = [
+    (EXACT, PUBLISHED, 1.2),
+    (FAST, PUBLISHED, 2.0),
+    (EXACT, EXACT_DENSE, 1.15),
+    (FAST, FAST_DENSE, None),
+    (EXACT_SALIENCY, PUBLISHED, None),
+]
+"""Ours, theirs, and how many times faster ours is to be."""
+ROUNDS = 5
+
+
+@pytest.fixture(scope="module")
+def masks(device: torch.device) -> Masks:
+    return Masks(distillers.make_network(device))
+
+
+def counted(setting: Setting, masks: Masks) -> int:
+    return distillers.make(setting, masks).flops()["total"]
+
+
+def bench_distill_flops(benchmark, masks):
+    published = distillers.make(PUBLISHED, masks).flops()
+    forward = published["true_score"]["forward"] / 2  # F: one network on the retained samples
+    assert abs(published["total"] / forward / 22 - 1) <= 0.01
+    against = f"{PUBLISHED.name}, {published['total'] / forward:.1f}F"
+    shares = {}
+    for setting in (EXACT, REUSED, FAST, EXACT_SALIENCY):
+        total = counted(setting, masks)
+        shares[setting] = total / published["total"]
+        aim = f", at most {FLOPS_AT_MOST[setting]}" if setting in FLOPS_AT_MOST else ""
+        unit = f"TFLOP ({shares[setting]:.3f}{aim})"
+        density = masks[setting.mask].density
+        what = f"distill FLOPs: {setting.name}, {total / forward:.1f}F"
+        record(Figure(what, against, density, total / 1e12, published["total"] / 1e12, unit))
+    benchmark.pedantic(lambda: None, rounds=1)  # nothing is timed
+    benchmark.extra_info.update({setting.name: share for setting, share in shares.items()})
+    for setting, most in FLOPS_AT_MOST.items():
+        assert shares[setting] <= most, f"{setting.name}: {shares[setting]:.4f}"
+
+
+def bench_distill_state(benchmark, masks):
+    """Weights of three networks, gradients, second moments, running average: all tensors a distiller holds."""
+    shares = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        found = {}
+        for setting in (EXACT, EXACT_DENSE):
+            distiller = distillers.make(setting, masks, dtype, batch_size=1)
+            distiller.step()  # only then is there optimizer state
+            found[setting] = distillers.bytes_of(distiller)
+            del distiller
+        shares[dtype] = found[EXACT] / found[EXACT_DENSE]
+        aim = f", at most {STATE_AT_MOST}" if dtype == torch.float32 else ""
+        name = str(dtype).removeprefix("torch.")
+        what, unit = f"distill training state: {EXACT.name}, networks {name}", f"MB ({shares[dtype]:.3f}{aim})"
+        megabytes = found[EXACT] / 1e6, found[EXACT_DENSE] / 1e6
+        record(Figure(what, EXACT_DENSE.name, masks[EXACT.mask].density, *megabytes, unit))
+    benchmark.pedantic(lambda: None, rounds=1)  # nothing is timed
+    assert shares[torch.float32] <= STATE_AT_MOST
+
+
+def bench_distill_step(benchmark, masks, matmul_rate, device):
+    if device.type == "cuda":
+        pytest.skip("gpu/bench_distillation.py has the race on a GPU")
+    for masked, dense in ((EXACT, PUBLISHED), (FAST, FAST_DENSE), (EXACT_SALIENCY, PUBLISHED)):
+        distillers.check(masked, dense, masks)
+    made = {setting: distillers.make(setting, masks) for race_ in RACES for setting in race_[:2]}
+    flops = {setting: distiller.flops()["total"] for setting, distiller in made.items()}
+    names = {setting.name: setting for setting in made}
+    times = race({name: made[setting].step for name, setting in names.items()}, rounds=ROUNDS, clock="wall")
+    seconds = {setting: times[name] for name, setting in names.items()}
+    benchmark.pedantic(made[FAST].step, rounds=1)
+    for ours, theirs, target in RACES:
+        density = masks[ours.mask].density
+        row = distillers.speed_row(ours, theirs, density, seconds, flops, matmul_rate, target)
+        record(row)
+        benchmark.extra_info[f"{row.what} against {row.against}"] = row.ratio

@@ -1,0 +1,222 @@
+"""Distillers that race: their settings by name, how they are made, and what must be true of them first."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machines import here, sized
+from measure import Row, Seconds
+from torch import Tensor, nn
+
+from pecker_fast import BlockMask, DistillConfig, MaskConfig, MaskedDistiller, NoiseSchedule, ParameterMask
+from pecker_fast.models import DDPMUNet
+
+WIDTH, DENSITY = 128, 0.1
+DECODER = ("up.", "norm_out.", "conv_out.")
+TOLERANCE = 1e-3
+"""Of all gradients of a network together, relative: float32 sums in another order."""
+QUALITY = Path(__file__).resolve().parents[1] / "docs" / "results" / "distill_quality.json"
+"""{"verdicts": {name of a setting: true or false}}: whether unlearning with it is as good as with the dense run."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to distil.
+
+    Attributes:
+        preset: Of ``DistillConfig``.
+        mask: "dense", "random" or "saliency": of both networks, in the decoder.
+        switches: Switches that are on beyond the preset's.
+    """
+
+    preset: str
+    mask: str
+    switches: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What the row and the table of quality call it."""
+        where = "dense" if self.mask == "dense" else f"{self.mask} rows {DENSITY:g} of the decoder"
+        return ", ".join([self.preset, *self.switches, where])
+
+    def config(self, batch_size: int, **more: Any) -> DistillConfig:
+        return DistillConfig(
+            preset=self.preset,  # type: ignore[arg-type]
+            forget=(0,),
+            override=(1,),
+            num_classes=10,
+            sample_shape=sized((3, 32, 32), (1, 8, 8)),
+            batch_size=batch_size,
+            mask=MaskConfig(kind="dense"),  # what is used instead is given
+            **dict.fromkeys(self.switches, True) | more,
+        )
+
+
+PUBLISHED = Setting("published", "dense")
+EXACT = Setting("exact", "random")
+REUSED = Setting("exact", "random", ("reuse_generator_forward",))
+FAST = Setting("fast", "random")
+EXACT_DENSE, FAST_DENSE = Setting("exact", "dense"), Setting("fast", "dense")
+EXACT_SALIENCY = Setting("exact", "saliency")
+
+
+def make_network(device: torch.device) -> nn.Module:
+    """The DDPM UNet of CIFAR-10."""
+    torch.manual_seed(0)
+    made = sized(lambda: DDPMUNet(width=WIDTH), DDPMUNet.digits)()
+    return made.to(device, memory_format=torch.channels_last)
+
+
+def batch_size() -> int:
+    """Retained samples of an update, and forgotten ones but with preset "fast"."""
+    return sized(128 if here().device.type == "cuda" else 4, 2)
+
+
+def elsewhere(network: nn.Module) -> BlockMask:
+    """A mask of what is to stay frozen: all but the decoder's convolutions and linear layers.
+
+    A norm that trains needs the gradient of every channel, those of frozen skips too.
+    """
+    nothing = torch.zeros(0, dtype=torch.int64)
+    norms = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, nn.GroupNorm))
+    every = BlockMask.dense(network).parameters
+    taken = {
+        name: ParameterMask(p.grid, nothing) if name.startswith(DECODER) and not name.startswith(norms) else p
+        for name, p in every.items()
+    }
+    return BlockMask(taken, sum(weight.numel() for weight in network.parameters()), 1.0)
+
+
+def make_mask(network: nn.Module, kind: str) -> BlockMask:
+    """Rows of the decoder by chance, or by the published saliency of one small batch; or everything."""
+    if kind == "dense":
+        return BlockMask.dense(network)
+    if kind == "random":
+        return BlockMask.random(network, DENSITY, "row", exclude=[elsewhere(network)])
+    own = MaskConfig(kind="saliency", density=DENSITY, block="row", batches=1, batch_size=4)
+    config = dataclasses.replace(Setting("exact", "saliency").config(1), mask=own)
+    return MaskedDistiller(copy.deepcopy(network), NoiseSchedule.linear(), config).build_mask(
+        exclude=[elsewhere(network)]
+    )
+
+
+class Masks:
+    """Masks of one network, each made once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self._made = network, dict[str, BlockMask]()
+
+    def __getitem__(self, kind: str) -> BlockMask:
+        if kind not in self._made:
+            self._made[kind] = make_mask(self.network, kind)
+        return self._made[kind]
+
+
+def make(setting: Setting, masks: Masks, dtype: torch.dtype = torch.float32, **config: Any) -> MaskedDistiller:
+    """A distiller, ready to step."""
+    network = masks.network if dtype == torch.float32 else copy.deepcopy(masks.network).to(dtype)
+    settings = setting.config(**{"batch_size": batch_size(), **config})
+    distiller = MaskedDistiller(network, NoiseSchedule.linear(), settings)
+    distiller.use_mask(masks[setting.mask], masks[setting.mask])
+    return distiller
+
+
+def check(masked: Setting, dense: Setting, masks: Masks) -> None:
+    """The gradients of one small iteration are those of the dense one at the active blocks, in both networks."""
+    still = copy.deepcopy(masks.network)
+    for module in still.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    found = {}
+    for setting in (masked, dense):
+        own = Masks(still)
+        own._made = masks._made
+        masks[setting.mask]
+        # So small a step that both generators meet the same fake score.
+        distiller = make(setting, own, batch_size=1, forget_batch_size=1, fake_score_lr=1e-30)
+        distiller.step()
+        found[setting] = [distiller.fake_score_optimizer.active, distiller.active]
+    for ours, theirs in zip(found[masked], found[dense], strict=True):
+        ours.bind_(), theirs.bind_()
+        wrong = total = 0.0
+        for name in ours.names:
+            active = ours.mask.to_dense(name).to(ours.values.device)
+            expected = theirs.to_dense(theirs.grads, name) * active
+            wrong += float((ours.to_dense(ours.grads, name) - expected).double().square().sum())
+            total += float(expected.double().square().sum())
+        assert total > 0 and (wrong / total) ** 0.5 <= TOLERANCE, f"{masked.name}: relative error {wrong / total:.2g}"
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def bytes_of(thing: object) -> int:
+    """Bytes of every tensor that is reachable from ``thing``, each storage once."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    stack = [thing]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+            stack.append(item.grad if item.is_leaf else None)
+        elif isinstance(item, Mapping):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            stack.extend(item)
+        elif isinstance(item, nn.Module | torch.optim.Optimizer) or type(item).__module__.startswith("pecker_fast"):
+            stack.extend(vars(item).values() if hasattr(item, "__dict__") else ())
+            stack.extend(getattr(item, name, None) for name in getattr(type(item), "__slots__", ()))
+    return sum(storages.values())
+
+
+# -- quality ---------------------------------------------------------------------------------------
+
+
+def quality(setting: Setting, path: Path = QUALITY) -> bool | None:
+    """Whether the quality of a setting holds; None where nobody has measured it."""
+    if not path.exists():
+        return None
+    verdict = json.loads(path.read_text(encoding="utf-8"))["verdicts"].get(setting.name)
+    return None if verdict is None else bool(verdict)
+
+
+def speed_row(
+    ours: Setting,
+    theirs: Setting,
+    density: float,
+    seconds: Mapping[Setting, Seconds],
+    flops: Mapping[Setting, int],
+    matmul_rate: float,
+    target: float | None,
+    how: str = "",
+    path: Path = QUALITY,
+) -> Row:
+    """A line of the closing table; one whose quality does not hold is printed as failed and is no headline."""
+    held = quality(ours, path)
+    said = {None: "quality not measured", True: "quality holds", False: "quality does not hold"}[held]
+    aim = "" if target is None else f", target {target:.2f}x"
+    batch = f"batch {batch_size()} + {ours.config(batch_size()).forget_samples}"
+    other = f"batch {batch_size()} + {theirs.config(batch_size()).forget_samples}"
+    return Row(
+        f"{'FAILED, ' if held is False else ''}distill: {ours.name}, {batch}{how}",
+        f"{theirs.name}, {other}",
+        density,
+        1e3 * seconds[ours],
+        1e3 * seconds[theirs],
+        f"{flops[ours] / 1e12:.3g} : {flops[theirs] / 1e12:.3g} TFLOP ({flops[ours] / flops[theirs]:.3f})",
+        f"{flops[ours] / seconds[ours] / matmul_rate:.0%} of matmul{aim}, {said}",
+        headline=held is not False,
+        ours_spread=seconds[ours].spread,
+        theirs_spread=seconds[theirs].spread,
+    )
