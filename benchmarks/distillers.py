@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,15 @@ from machines import here, sized
 from measure import Row, Seconds
 from torch import Tensor, nn
 
-from pecker_fast import BlockMask, DistillConfig, MaskConfig, MaskedDistiller, NoiseSchedule, ParameterMask
+from pecker_fast import (
+    ActiveParameters,
+    BlockMask,
+    DistillConfig,
+    MaskConfig,
+    MaskedDistiller,
+    NoiseSchedule,
+    ParameterMask,
+)
 from pecker_fast.models import DDPMUNet
 
 WIDTH, DENSITY = 128, 0.1
@@ -34,17 +43,28 @@ class Setting:
         preset: Of ``DistillConfig``.
         mask: "dense", "random" or "saliency": of both networks, in the decoder.
         switches: Switches that are on beyond the preset's.
+        dtype: Of the networks; losses, masters and optimizer state are float32.
+        compiled: Whether the networks are.
     """
 
     preset: str
     mask: str
     switches: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
 
     @property
     def name(self) -> str:
-        """What the row and the table of quality call it."""
+        """What the table of quality calls it: all that has a say in what is learned, but for the batch."""
         where = "dense" if self.mask == "dense" else f"{self.mask} rows {DENSITY:g} of the decoder"
         return ", ".join([self.preset, *self.switches, where])
+
+    @property
+    def whole(self) -> str:
+        """What a row calls it."""
+        sizes = self.config(batch_size())
+        how = [str(self.dtype).removeprefix("torch."), *(["compiled"] if self.compiled else [])]
+        return ", ".join([self.name, f"batch {sizes.batch_size} + {sizes.forget_samples}", *how])
 
     def config(self, batch_size: int, **more: Any) -> DistillConfig:
         return DistillConfig(
@@ -113,45 +133,59 @@ class Masks:
     def __init__(self, network: nn.Module) -> None:
         self.network, self._made = network, dict[str, BlockMask]()
 
+    def without_dropout(self) -> Masks:
+        """The same masks, of a copy that draws nothing."""
+        still = copy.deepcopy(self.network)
+        for module in still.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        copied = Masks(still)
+        copied._made = self._made
+        return copied
+
     def __getitem__(self, kind: str) -> BlockMask:
         if kind not in self._made:
             self._made[kind] = make_mask(self.network, kind)
         return self._made[kind]
 
 
-def make(setting: Setting, masks: Masks, dtype: torch.dtype = torch.float32, **config: Any) -> MaskedDistiller:
+def make(setting: Setting, masks: Masks, **config: Any) -> MaskedDistiller:
     """A distiller, ready to step."""
-    network = masks.network if dtype == torch.float32 else copy.deepcopy(masks.network).to(dtype)
+    network = masks.network if setting.dtype == torch.float32 else copy.deepcopy(masks.network).to(setting.dtype)
     settings = setting.config(**{"batch_size": batch_size(), **config})
     distiller = MaskedDistiller(network, NoiseSchedule.linear(), settings)
     distiller.use_mask(masks[setting.mask], masks[setting.mask])
+    if setting.compiled:
+        distiller.compile(**sized({}, {"backend": "eager", "disable": True}))
     return distiller
 
 
 def check(masked: Setting, dense: Setting, masks: Masks) -> None:
     """The gradients of one small iteration are those of the dense one at the active blocks, in both networks."""
-    still = copy.deepcopy(masks.network)
-    for module in still.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     found = {}
+    own = masks.without_dropout()
     for setting in (masked, dense):
-        own = Masks(still)
-        own._made = masks._made
-        masks[setting.mask]
         # So small a step that both generators meet the same fake score.
         distiller = make(setting, own, batch_size=1, forget_batch_size=1, fake_score_lr=1e-30)
         distiller.step()
         found[setting] = [distiller.fake_score_optimizer.active, distiller.active]
     for ours, theirs in zip(found[masked], found[dense], strict=True):
-        ours.bind_(), theirs.bind_()
-        wrong = total = 0.0
-        for name in ours.names:
-            active = ours.mask.to_dense(name).to(ours.values.device)
-            expected = theirs.to_dense(theirs.grads, name) * active
-            wrong += float((ours.to_dense(ours.grads, name) - expected).double().square().sum())
-            total += float(expected.double().square().sum())
-        assert total > 0 and (wrong / total) ** 0.5 <= TOLERANCE, f"{masked.name}: relative error {wrong / total:.2g}"
+        error = relative_error(ours, theirs)
+        assert error <= TOLERANCE, f"{masked.name}: relative error {error:.2g}"
+
+
+def relative_error(ours: ActiveParameters, theirs: ActiveParameters) -> float:
+    """Of all gradients of a network together, at our active blocks."""
+    ours.bind_()
+    theirs.bind_()
+    wrong = total = 0.0
+    for name in ours.names:
+        active = ours.mask.to_dense(name).to(ours.values.device)
+        expected = theirs.to_dense(theirs.grads, name) * active
+        wrong += float((ours.to_dense(ours.grads, name) - expected).double().square().sum())
+        total += float(expected.double().square().sum())
+    assert total > 0
+    return math.sqrt(wrong / total)
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -198,24 +232,21 @@ def speed_row(
     seconds: Mapping[Setting, Seconds],
     flops: Mapping[Setting, int],
     matmul_rate: float,
-    target: float | None,
-    how: str = "",
+    target: str,
     path: Path = QUALITY,
 ) -> Row:
     """A line of the closing table; one whose quality does not hold is printed as failed and is no headline."""
     held = quality(ours, path)
-    said = {None: "quality not measured", True: "quality holds", False: "quality does not hold"}[held]
-    aim = "" if target is None else f", target {target:.2f}x"
-    batch = f"batch {batch_size()} + {ours.config(batch_size()).forget_samples}"
-    other = f"batch {batch_size()} + {theirs.config(batch_size()).forget_samples}"
+    verdict = {None: "quality not measured", True: "quality holds", False: "quality does not hold"}[held]
+    share = f"{flops[ours] / seconds[ours] / matmul_rate:.0%} of matmul"
     return Row(
-        f"{'FAILED, ' if held is False else ''}distill: {ours.name}, {batch}{how}",
-        f"{theirs.name}, {other}",
+        f"{'FAILED, ' if held is False else ''}distill: {ours.whole}",
+        theirs.whole,
         density,
         1e3 * seconds[ours],
         1e3 * seconds[theirs],
         f"{flops[ours] / 1e12:.3g} : {flops[theirs] / 1e12:.3g} TFLOP ({flops[ours] / flops[theirs]:.3f})",
-        f"{flops[ours] / seconds[ours] / matmul_rate:.0%} of matmul{aim}, {said}",
+        ", ".join(filter(None, (share, target, verdict))),
         headline=held is not False,
         ours_spread=seconds[ours].spread,
         theirs_spread=seconds[theirs].spread,

@@ -68,6 +68,8 @@ def test_every_race_has_its_row(results):
         "scores of all blocks",
         "UNet step, whole",
         "UNet step, decoder",
+        "distill: exact",
+        "distill: fast",
     ):
         assert race in what
     assert all(math.isfinite(row["ratio"]) and row["ratio"] > 0 for row in results["rows"])
