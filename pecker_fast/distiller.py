@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,10 @@ from pecker_fast.distill_losses import DistillLosses
 from pecker_fast.distill_masks import MaskMaker, lr_scale
 from pecker_fast.distill_parts import agreed_parts
 from pecker_fast.distill_ranks import Ranks
+from pecker_fast.distill_samples import averaged, draw_start, sample
 from pecker_fast.distill_updates import Learner, Updates, make_optimizer, warmup
 from pecker_fast.draws import Draws
 from pecker_fast.mask import BlockMask
-from pecker_fast.sampling import one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
 from pecker_fast.step_metrics import StepMetrics, checked
@@ -250,7 +249,6 @@ class MaskedDistiller:
 
     # -- what comes out ----------------------------------------------------------------------------
 
-    @torch.no_grad()
     def sample(
         self, condition: Tensor | list[int] | int, *, noise: Tensor | None = None, seed: int | None = None
     ) -> Tensor:
@@ -266,24 +264,13 @@ class MaskedDistiller:
         """
         labels = torch.as_tensor(condition, device=self.device).reshape(-1)
         if noise is None:
-            rng = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-            shape = (len(labels), *self.config.sample_shape)
-            noise = torch.randn(shape, generator=rng, device=self.device).to(self.dtype)
+            noise = draw_start((len(labels), *self.config.sample_shape), seed, self.device, self.dtype)
         with self.averaged() as generator:
-            predict = functools.partial(self.losses.predict, generator)
-            return one_step_sample(predict, self.schedule, noise, labels, t_init=self.config.t_init)
+            return sample(generator, self.losses, noise, labels)
 
-    @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
+    def averaged(self) -> AbstractContextManager[nn.Module]:
         """Within the block the generator has its running-average weights and is in eval mode."""
-        training = self.generator.training
-        ema = self.mask is not None and self.active.ema is not None
-        try:
-            self.generator.eval()
-            with self.active.ema_weights() if ema else nullcontext():
-                yield self.generator
-        finally:
-            self.generator.train(training)
+        return averaged(self.generator, None if self.mask is None else self.active)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model/`` (the averaged generator), ``mask.safetensors`` and ``distill_config.json`` into ``folder``.

@@ -22,7 +22,7 @@ LAYERS = [
     ["flat_store"],
     ["active"],
     ["optim", "apply", "scoring", "delta"],
-    ["refresh", "distill_parts", "distill_output", "distill_updates"],
+    ["refresh", "distill_parts", "distill_output", "distill_samples", "distill_updates"],
     ["distill_checkpoint", "distill_state"],
     ["distiller", "trainer"],
     ["digits_task", "report", "flags"],
