@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from pecker_fast.blocks import ParameterMask
 from pecker_fast.distill_losses import DistillLosses
 from pecker_fast.draws import Batch, Draws
 from pecker_fast.mask import BlockMask
 from pecker_fast.mask_config import MaskConfig
-from pecker_fast.maskable import survey
+from pecker_fast.maskable import NORMS, survey
 from pecker_fast.saliency import Saliency, compute_saliency
 from pecker_fast.weight_costs import weight_gradient_flops
 
@@ -160,11 +161,13 @@ class MaskMaker:
         self, saliency: Saliency, network: nn.Module, config: MaskConfig, exclude: Sequence[BlockMask] = ()
     ) -> BlockMask:
         terms = self._terms(network, config, per_cost=config.rank == "flop")
+        exclude = [*exclude, *_frozen_norms(network, config)]
         return BlockMask.from_saliency(saliency, config.density, config.block, config.scope, exclude, **terms)
 
     def _without_saliency(self, network: nn.Module, config: MaskConfig, exclude: Sequence[BlockMask] = ()) -> BlockMask:
         if config.kind == "random":
             terms, seed = self._terms(network, config), self.losses.config.seed
+            exclude = [*exclude, *_frozen_norms(network, config)]
             return BlockMask.random(network, config.density, config.block, seed, exclude, **terms)
         if exclude:
             raise ValueError("exclude: a dense run trains every weight; take another kind of mask to leave some alone")
@@ -186,6 +189,19 @@ class MaskMaker:
         label = torch.zeros(1, dtype=torch.int64, device=draws.device)
         costs = weight_gradient_flops(empty, lambda model: self.losses.generate(model, noise, label))
         return {name: costs.get(name, min(costs.values())) for name in survey(network).maskable}
+
+
+def _frozen_norms(network: nn.Module, config: MaskConfig) -> list[BlockMask]:
+    """A mask of the norms, to be excluded, where they are not to train."""
+    if config.norms:
+        return []
+    modules = {name: module for name, module in network.named_modules() if isinstance(module, NORMS)}
+    every, nothing = BlockMask.dense(network), torch.zeros(0, dtype=torch.int64)
+    parameters = {
+        name: parameter if name.rpartition(".")[0] in modules else ParameterMask(parameter.grid, nothing)
+        for name, parameter in every.parameters.items()
+    }
+    return [BlockMask(parameters, every.total, 1.0)]
 
 
 def lr_scale(mask: BlockMask, config: MaskConfig) -> float:

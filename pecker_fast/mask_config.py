@@ -32,6 +32,8 @@ class MaskConfig:
         scope: Rank blocks over the whole network ("global") or within each layer ("layer").
         region: Where active weights may lie: "all", "encoder", "middle", "decoder", or prefixes of their names. With
             "decoder" no graph is recorded, and nothing differentiated, below it. ``density`` stays a share of all.
+        norms: Whether weights of norms may be active. One that is needs the gradient of every channel it sees, those of
+            a skip from frozen layers too, which are left out otherwise. Not with kind "dense".
         budget: What ``density`` is a share of: "parameters", or "flops" of the weight gradients.
         rank: By saliency per "weight", or per "flop" of a weight's gradient.
         saliency: Whose gradient is looked at: "noise_prediction" (published: the noise-prediction loss on the classes
@@ -53,6 +55,7 @@ class MaskConfig:
     block: Block = "auto"
     scope: Scope = "global"
     region: Region = "all"
+    norms: bool = True
     budget: Budget = "parameters"
     rank: Rank = "weight"
     saliency: SaliencyLoss = "noise_prediction"
@@ -76,6 +79,11 @@ class MaskConfig:
             if isinstance(value := getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(value))
         check_region(self.region)
+        if not isinstance(self.norms, bool) or (self.kind == "dense" and not self.norms):
+            raise ValueError(
+                f"MaskConfig.norms: expected True or False, and True with kind 'dense', which trains every weight; got "
+                f"{self.norms!r} with kind {self.kind!r}"
+            )
         check_block(self.block)
         positive_int("MaskConfig.batches", self.batches)
         if self.batch_size is not None:

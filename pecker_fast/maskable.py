@@ -12,10 +12,7 @@ from torch import nn
 from pecker_fast.blocks import Block, BlockGrid
 from pecker_fast.scatter import DTYPE_CODES
 
-MASKABLE_TYPES: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Conv2d,
-    nn.Embedding,
+NORMS: tuple[type[nn.Module], ...] = (
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
@@ -23,6 +20,7 @@ MASKABLE_TYPES: tuple[type[nn.Module], ...] = (
     nn.BatchNorm2d,
     nn.BatchNorm3d,
 )
+MASKABLE_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d, nn.Embedding, *NORMS)
 """Modules whose forward ``layers.py`` knows; exactly these, because a subclass may use its weights in another way."""
 
 

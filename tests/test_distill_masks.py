@@ -147,6 +147,20 @@ def test_saliency_per_flop_takes_cheaper_weights():
     assert masks[1].mass < masks[0].mass  # what it gives for that
 
 
+@pytest.mark.parametrize("kind", ["random", "saliency"])
+def test_frozen_norms_save_the_gradient_of_frozen_skips(kind):
+    own = MaskConfig(kind=kind, density=0.1, block="row", region="decoder", batches=1, accumulate="square")
+    flops = {}
+    for norms in (True, False):
+        chosen = dataclasses.replace(own, norms=norms)
+        distiller = distilled(unet(), mask=chosen, fake_score_mask="same")
+        mask = distiller.build_mask()
+        active = {name for name, parameter in mask.parameters.items() if parameter.numel and "norm" in name}
+        assert bool(active) == norms
+        flops[norms] = distiller.flops()["fake_score"]["input_gradient"]
+    assert flops[False] < flops[True]
+
+
 def test_what_is_excluded_stays_out():
     earlier = distilled(unet(), mask={"kind": "random", "density": 0.3}).build_mask()
     for kind in ("random", "saliency"):
@@ -164,6 +178,8 @@ def test_what_is_excluded_stays_out():
         ({"rank": "size"}, "MaskConfig.rank: expected one of weight, flop"),
         ({"saliency": "loss"}, "MaskConfig.saliency: expected one of noise_prediction, distillation"),
         ({"saliency_warmup": -1}, "saliency_warmup: expected an integer >= 0, got -1"),
+        ({"norms": 1}, "MaskConfig.norms: expected True or False"),
+        ({"norms": False, "kind": "dense"}, "MaskConfig.norms: .* and True with kind 'dense'"),
         ({"lr_scale_max": 0.0}, "lr_scale_max: expected a positive number or None, got 0.0"),
     ],
 )

@@ -46,7 +46,7 @@ class Arm:
 
     @property
     def tuned_as(self) -> str:
-        """The arm whose learning rate it takes: with another preset or switch that of the exact one, to be comparable."""
+        """The arm whose learning rate it takes: whatever the preset and the switches, so that nothing else differs."""
         if self.settings.get("mask", DENSE).kind == "dense":
             return REFERENCE
         return self.name.replace("fast, ", "exact, ")
@@ -94,9 +94,9 @@ def _switches() -> Iterator[Arm]:
 def _masked() -> Iterator[Arm]:
     """The speed table's masks: a tenth of the weights, in the decoder of both networks."""
     for preset in ("exact", "fast"):
-        for mask in (random_rows(0.1), salient_rows(0.1, "distillation", scope="layer")):
-            both = {"preset": preset, "mask": replace(mask, region="decoder"), "fake_score_mask": "same"}
-            yield Arm(f"{preset}, {mask.kind} 0.1 of decoder, both networks", both)
+        for mask in (random_rows(0.1), salient_rows(0.1, "noise_prediction", scope="layer")):
+            both = {"preset": preset, "mask": replace(mask, region="decoder", norms=False), "fake_score_mask": "same"}
+            yield Arm(f"{preset}, {mask.kind} rows 0.1 of the decoder", both)
 
 
 def _densities() -> Iterator[Arm]:
