@@ -26,6 +26,7 @@ from pecker_fast.refresh import MaskRefresher, change_mask, linear_density  # no
 from pecker_fast.saliency import Saliency, compute_saliency  # noqa: E402
 from pecker_fast.schedule import NoiseSchedule  # noqa: E402
 from pecker_fast.scoring import score_blocks  # noqa: E402
+from pecker_fast.stopping import StopCheck, StopRule, Verdict  # noqa: E402
 
 __all__ = [
     "ActiveParameters",
@@ -41,6 +42,9 @@ __all__ = [
     "NoiseSchedule",
     "ParameterMask",
     "Saliency",
+    "StopCheck",
+    "StopRule",
+    "Verdict",
     "apply_mask",
     "backends",
     "change_mask",

@@ -102,6 +102,21 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     add("--mask_batches", type=positive_int, metavar="N", help="batches of the saliency pass (8)")
     add("--mask_batch_size", type=positive_int, metavar="N", help="samples in each (forget_batch_size)")
     add("--mask_lr_scale", choices=("none", "density", "mass"), help="scale the learning rate to the mask (none)")
+    add("--mask_lr_scale_max", type=positive_float, metavar="X", help="by at most this (no limit)")
+    losses = ("noise_prediction", "distillation", "forget_specific")
+    add("--saliency", choices=losses, help="whose gradient says what matters (noise_prediction)")
+    add("--saliency_warmup", type=int, metavar="N", help="updates of the fake score before the last two look (20)")
+
+
+def switch_flags(parser: argparse.ArgumentParser) -> None:
+    """How an iteration computes; what is not given is left to the preset."""
+    add = parser.add_argument
+    add("--preset", choices=("published", "exact", "fast"), help="what switches not given are (exact)")
+    add("--merge_batches", type=on_off, metavar="{on,off}", help="retained and forgotten samples in one batch")
+    add("--closed_form_loss", type=on_off, metavar="{on,off}", help="SiD's loss and gradient in one pass")
+    add("--skip_frozen", type=on_off, metavar="{on,off}", help="no gradients into what is frozen")
+    add("--reuse_generator_forward", type=on_off, metavar="{on,off}", help="one forward for both updates")
+    add("--stop_gradient", type=on_off, metavar="{on,off}", help="follow the score difference as it is")
 
 
 def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +140,13 @@ def device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto: CUDA if there is any)"
     )
+
+
+def on_off(text: str) -> bool:
+    """A switch."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text == "on"
 
 
 def positive_int(text: str) -> int:

@@ -16,18 +16,19 @@ LAYERS = [
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
     ["mask", "layers", "score_model", "pretrain", "report_page", "flop_table"],
     ["layout", "checkpoint_folders", "distill_ranks", "distill_losses"],
-    ["distill_masks"],
+    ["distill_masks", "stopping"],
     ["iteration_flops"],
     ["flat_store"],
     ["active"],
     ["optim", "apply", "scoring", "delta"],
-    ["refresh", "distill_parts", "distill_output"],
+    ["refresh", "distill_parts", "distill_output", "distilled"],
     ["distill_checkpoint"],
     ["distiller", "trainer"],
     ["digits_task", "report", "flags"],
-    ["demo", "delta_flags"],
+    ["demo", "delta_flags", "distill_flags"],
     ["commands", "parser"],
     ["cli"],
+    ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
