@@ -164,7 +164,7 @@ class Verdict:
 
     def values(self) -> dict[str, float]:
         """Shares and their lower bounds: "ua", "ua_lower", "retain", "retain_lower"."""
-        values = {}
+        values: dict[str, float] = {}
         for name, (hits, count) in self.counts.items():
             values |= {name: hits / count, f"{name}_lower": lower_bound(hits, count)}
         return values
