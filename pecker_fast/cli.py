@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(_attempt(options), options)
     if options.command not in COMMANDS:
         return _fail(options, f"runs in one process; only {' and '.join(COMMANDS)} run in several", USAGE)
-    ended = run_together(options, _attempt_quietly)
+    try:
+        ended = run_together(options, _attempt_quietly)
+    except ValueError as error:  # what a launcher should have set is missing
+        return _fail(options, error, USAGE)
     return _report(ended, options) if os.environ["RANK"] == "0" else ended.code
 
 

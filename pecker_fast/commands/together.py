@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,11 +41,13 @@ class Ended:
         code: Exit code.
         message: What went wrong.
         outcome: What came out.
+        order: How many processes had failed by then, this one included.
     """
 
     code: int
     message: str = ""
     outcome: Outcome | None = None
+    order: int = 0
 
 
 def launched() -> bool:
@@ -70,11 +72,12 @@ def run(options: argparse.Namespace, attempt: Callable[[argparse.Namespace], End
         torch.manual_seed(fresh_seed("rank", options.seed or 0, rank))
     ended = attempt(options)
     options.process_group = None
+    own_keys = dist.PrefixStore("pecker_fast", store)  # type: ignore[attr-defined]
     if ended.code:
+        ended.order = own_keys.add("failed", 1)
         # Others may wait for this process in the midst of a step: without its connections they give up at once.
         gc.collect()
         dist.destroy_process_group()
-    own_keys = dist.PrefixStore("pecker_fast", store)  # type: ignore[attr-defined]
     agreed = _agreed(ended, own_keys, rank, world_size)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -84,7 +87,7 @@ def run(options: argparse.Namespace, attempt: Callable[[argparse.Namespace], End
 def _agreed(ended: Ended, store: Store, rank: int, world_size: int) -> Ended:
     """This process's end, or that of the one whose failure made the others fail."""
     keys = [f"ended {other}" for other in range(world_size)]
-    store.set(keys[rank], json.dumps(asdict(Ended(ended.code, ended.message))))
+    store.set(keys[rank], json.dumps(asdict(replace(ended, outcome=None))))
     try:
         store.wait(keys, _PATIENCE_AFTER_FAILURE if ended.code else _PATIENCE)
         ends = [Ended(**json.loads(store.get(key))) for key in keys]
@@ -94,7 +97,8 @@ def _agreed(ended: Ended, store: Store, rank: int, world_size: int) -> Ended:
     failed = [(other, end) for other, end in enumerate(ends) if end.code]
     if not failed:
         return ended
-    first, cause = min(failed, key=lambda pair: (pair[1].code == UNEXPECTED, pair[0]))
+    # What fails because another process did is unexpected, and comes later.
+    first, cause = min(failed, key=lambda pair: (pair[1].code == UNEXPECTED, pair[1].order))
     return Ended(cause.code, cause.message if first == 0 else f"rank {first}: {cause.message}")
 
 
