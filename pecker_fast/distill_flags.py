@@ -114,6 +114,7 @@ def _training_flags(parser: argparse.ArgumentParser) -> None:
     add("--generator_lr", type=float, metavar="X", help="learning rate of the generator")
     add("--fake_score_lr", type=float, metavar="X", help="learning rate of the fake score")
     add("--lr_warmup_steps", type=int, metavar="N", help="steps of linear warm-up")
+    add("--clip_value", type=float, metavar="X", help="clip gradients to this, element by element; 0 does not clip")
     add("--weight_decay", type=float, metavar="X", help="decoupled weight decay")
     add("--ema_decay", type=float, metavar="X", help="of the running average that is saved")
     add("--sid_alpha", type=float, metavar="X", help="alpha of the SiD loss")

@@ -41,9 +41,16 @@ def test_masks(teacher, capsys):  # noqa: F811
     assert mask == usual["mask"] | changes
 
 
+def test_clipping_can_be_turned_off(teacher, capsys):  # noqa: F811
+    given = ((), ("--clip_value", "0.5"), ("--clip_value", "0"))
+    found = [settings(capsys, teacher, *more)["clip_value"] for more in given]
+    assert found == [1.0, 0.5, None]
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [
+        ("--clip_value -1", "DistillConfig.clip_value: expected a positive number"),
         ("--merge_batches yes", "expected on or off, got 'yes'"),
         ("--preset faster", "invalid choice: 'faster'"),
         ("--fake_score_mask sparse", "invalid choice: 'sparse'"),

@@ -127,6 +127,8 @@ def distill_config(
     given = _given(options, _DISTILL_FIELDS) | switches(options)
     if getattr(options, "fake_score_mask", None) == "same":
         given["fake_score_mask"] = "same"
+    if getattr(options, "clip_value", None) is not None:
+        given["clip_value"] = options.clip_value or None
     return DistillConfig(
         forget=tuple(forget),
         override=None if override is None else tuple(override),
