@@ -13,7 +13,7 @@ LAYERS = [
     ["checkpoint", "blocks", "data"],
     ["config", "distributed", "scatter", "schedule", "manifest"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores"],
-    ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
+    ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers", "stop_rule"],
     ["mask", "layers", "score_model", "pretrain", "report_page", "flop_table"],
     ["layout", "checkpoint_folders", "distill_ranks", "distill_losses"],
     ["distill_masks", "stopping"],

@@ -260,6 +260,7 @@ def test_a_request_that_is_interrupted_goes_on(here):
         (3, "--earlier three --override_class 1", 2, "class 3 is forgotten already by three"),
         (5, "--earlier three", 2, "give it for all of the requests that add up or for none"),
         (5, "--earlier three --override_class 3", 2, "class 3 is forgotten by an earlier request"),
+        (5, "--earlier three --override_class 6 7", 2, "or one for each of the 1 forgotten, got 2"),
         (5, "--earlier three --override_class 6 --mask dense", 2, "trains every weight, those of --earlier too"),
         (5, "--t_init 440", 2, "the generator of distilled starts at 500; leave it out"),
     ],

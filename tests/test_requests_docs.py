@@ -11,7 +11,7 @@ from test_requests import same
 from pecker_fast import MaskedDistiller, digits_task
 from pecker_fast.models import DigitsClassifier
 from pecker_fast.parser import build_parser
-from pecker_fast.stopping import lower_bound, samples_needed
+from pecker_fast.stop_rule import lower_bound, samples_needed
 
 PAGE = (Path(__file__).parents[1] / "docs" / "requests.md").read_text()
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from pecker_fast import MaskedDistiller, StopCheck, StopRule, metrics
 from pecker_fast.errors import NonFiniteError
-from pecker_fast.stopping import samples_needed
+from pecker_fast.stop_rule import samples_needed
 
 # -- the rule --------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from pecker_fast import models
 from pecker_fast.commands.source import Source
 from pecker_fast.commands.together import first_then_others
 from pecker_fast.errors import FileFormatError
-from pecker_fast.stopping import MIN_SAMPLES, StopCheck, StopRule
+from pecker_fast.stop_rule import StopRule
+from pecker_fast.stopping import MIN_SAMPLES, StopCheck
 
 _IDLE = ("stop_every", "stop_samples", "judge")
 _EVERY = 10

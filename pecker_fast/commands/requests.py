@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import distilled
-from pecker_fast.checkpoint import read_json, write_json
+from pecker_fast.checkpoint import write_json
+from pecker_fast.commands.earlier import RECORD, Earlier, resolved, targets_of
 from pecker_fast.commands.source import Source, torch_device
 from pecker_fast.config import DistillConfig
-from pecker_fast.delta import Delta
 from pecker_fast.delta.pack import overlaps
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
 from pecker_fast.stopping import fresh_seed
 
-RECORD = "request.json"
-"""Beside what a request left: the classes that it was for, where ``distill_config.json`` has those of all."""
 _INHERITED = (
     "batch_size",
     "generator_lr",
@@ -39,37 +37,6 @@ _INHERITED = (
     "t_min",
     "t_max",
 )
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """A request that was served before, from its output folder.
-
-    Attributes:
-        folder: The folder.
-        delta: What it changed.
-        targets: Class that it forgot -> what takes its place; None leaves that to chance.
-    """
-
-    folder: Path
-    delta: Delta
-    targets: Mapping[int, int | None]
-
-    @classmethod
-    def read(cls, folder: Path) -> Earlier:
-        """What ``unlearn`` wrote, or ``MaskedDistiller.save``.
-
-        Raises:
-            FileFormatError: A file is missing or damaged.
-        """
-        delta = Delta.load(folder / "delta")
-        record = folder / RECORD
-        values = read_json(record if record.is_file() else folder / "distill_config.json")
-        try:
-            targets = _targets(values["forget"], values["override"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileFormatError(f"{folder}: its record of forgotten classes is damaged: {error!r}") from error
-        return cls(folder, delta, targets)
 
 
 @dataclass(frozen=True)
@@ -139,10 +106,10 @@ class Request:
             if again := sorted(set(request.targets) & set(self.forget)):
                 raise ValueError(f"--forget_class: class {again[0]} is forgotten already by {request.folder}")
             older |= request.targets
-        own = _targets(self.forget, self.override)
+        own = targets_of(self.forget, self.override)
         if gone := sorted(older.keys() & own.values()):
             raise ValueError(f"--override_class: class {gone[0]} is forgotten by an earlier request; name another one")
-        targets = own | {label: _resolved(label, own | older) for label in older}
+        targets = own | {label: resolved(label, own | older) for label in older}
         if None not in targets.values():
             return tuple(targets), tuple(target for target in targets.values() if target is not None)
         if any(target is not None for target in targets.values()):
@@ -198,25 +165,6 @@ def _start(options: argparse.Namespace, source: Source) -> distilled.Distilled:
     for network in (start.generator, start.fake_score):
         network.to(torch_device(options.device))
     return start
-
-
-def _targets(forget: Sequence[int], override: Sequence[int] | None) -> dict[int, int | None]:
-    """Class -> override, one for each or one for all; how many there are is ``DistillConfig``'s to check."""
-    if override is None:
-        return dict.fromkeys(forget)
-    each = override if len(override) == len(forget) else [override[0]] * len(forget)
-    return dict(zip(forget, each, strict=True))
-
-
-def _resolved(label: int, targets: Mapping[int, int | None]) -> int | None:
-    """What takes the place of ``label`` when its own override may be forgotten too."""
-    target, seen = targets[label], [label]
-    while target is not None and target in targets:
-        if target in seen:
-            raise ValueError(f"--earlier: classes {' and '.join(map(str, seen))} are to take the place of each other")
-        seen.append(target)
-        target = targets[target]
-    return target
 
 
 def _samples(distiller: MaskedDistiller, classes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:

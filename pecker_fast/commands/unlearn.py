@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from pecker_fast.commands import Outcome, dry_run, judging
-from pecker_fast.commands.requests import RECORD, Request
+from pecker_fast.commands.earlier import RECORD
+from pecker_fast.commands.requests import Request
 from pecker_fast.commands.resuming import Training
 from pecker_fast.commands.source import Source, classes_text, distill_config, load_source
 from pecker_fast.commands.together import group_of, is_first, output_folder
