@@ -99,6 +99,8 @@ def _agreed(ended: Ended, store: Store, rank: int, world_size: int) -> Ended:
         return ended
     # What fails because another process did is unexpected, and comes later.
     first, cause = min(failed, key=lambda pair: (pair[1].code == UNEXPECTED, pair[1].order))
+    if cause.code == ends[0].code != UNEXPECTED:  # most often all make the same mistake
+        first, cause = 0, ends[0]
     return Ended(cause.code, cause.message if first == 0 else f"rank {first}: {cause.message}")
 
 
