@@ -284,6 +284,16 @@ def test_a_request_from_another_model_or_distillation(here, capsys):
     assert "three/delta: " in _error(capsys, "unlearn")
 
 
+def test_a_record_of_another_run_is_refused_and_none_is_needed(here, capsys):
+    """The record stays where another run replaces what it is of; a folder of ``MaskedDistiller.save`` has none."""
+    shutil.copyfile(here / "five" / "request.json", here / "three" / "request.json")
+    assert request(5, "out", "--earlier", "three", "--override_class", "6") == 3
+    assert "three/request.json: is of another run than the delta beside it" in _error(capsys, "unlearn")
+    (here / "three" / "request.json").unlink()
+    assert request(5, "out", "--earlier", "three", "--override_class", "6") == 0
+    assert json.loads((here / "out" / "distill_config.json").read_text())["forget"] == [5, 3]
+
+
 def test_earlier_needs_init(here, capsys):
     source = ("--pretrained_model_name_or_path", "teacher", "--forget_class", "5", "--output_dir", "out")
     assert main(["unlearn", *source, "--earlier", "three"]) == 2
@@ -293,7 +303,7 @@ def test_earlier_needs_init(here, capsys):
 def test_classes_that_would_take_each_others_place(here, capsys):
     """As two requests may that know nothing of each other."""
     record = here / "five" / "request.json"
-    record.write_text(json.dumps({"forget": [8], "override": [3]}))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"forget": [8], "override": [3]}))
     assert request(1, "out", "--override_class", "2", "--earlier", "three", "five") == 2
     assert "classes 3 and 8 are to take the place of each other" in _error(capsys, "unlearn")
 

@@ -33,7 +33,7 @@ def test_the_python_runs(monkeypatch):
 
 
 def test_the_commands_are_understood():
-    blocks = re.findall(r"(?:^    .*\n)+", PAGE.split("## In Python")[0], flags=re.M)
+    blocks = re.findall(r"(?:^    .*\n)+", PAGE.split("## What it printed")[0], flags=re.M)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if "pecker-fast" in line]
     assert len(commands) >= 3
     for command in commands:

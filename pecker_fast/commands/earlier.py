@@ -38,11 +38,18 @@ class Earlier:
         delta = Delta.load(folder / "delta")
         record = folder / RECORD
         values = read_json(record if record.is_file() else folder / "distill_config.json")
+        if record.is_file() and values.get("delta") != mark_of(delta):
+            raise FileFormatError(f"{record}: is of another run than the delta beside it; remove it, or ask again")
         try:
             targets = targets_of(values["forget"], values["override"])
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{folder}: its record of forgotten classes is damaged: {error!r}") from error
         return cls(folder, delta, targets)
+
+
+def mark_of(delta: Delta) -> str:
+    """What tells one delta from others."""
+    return f"{delta.fingerprints.before:016x} {delta.fingerprints.after:016x}"
 
 
 def targets_of(forget: Sequence[int], override: Sequence[int] | None) -> dict[int, int | None]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from pecker_fast import distilled
 from pecker_fast.checkpoint import write_json
-from pecker_fast.commands.earlier import RECORD, Earlier, resolved, targets_of
+from pecker_fast.commands.earlier import RECORD, Earlier, mark_of, resolved, targets_of
 from pecker_fast.commands.source import Source, torch_device
 from pecker_fast.config import DistillConfig
+from pecker_fast.delta import Delta
 from pecker_fast.delta.pack import overlaps
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
@@ -146,6 +147,7 @@ class Request:
         """
         if self.start is not None:
             values = {"forget": self.forget, "override": self.override, "init": self.start.record["generator"]}
+            values |= {"delta": mark_of(Delta.load(folder / "delta"))}
             write_json(folder / RECORD, values | {"earlier": [str(path) for path in options.earlier or ()]})
 
 
