@@ -97,12 +97,16 @@ def load_distilled(
         Generator and fake score, in eval mode on the CPU.
     """
     settings = {"steps": 8 if short else 400, "short": short, **DISTILLED.to_dict()}
-    folder = _folder("distilled", {**settings, **DDPMUNet.digits().config}, cache_dir)
+    with torch.device("meta"):
+        architecture = DDPMUNet.digits().config
+    folder = _folder("distilled", {**settings, **architecture}, cache_dir)
     if not folder.exists():
         distiller = MaskedDistiller(load_teacher(cache_dir, progress, short), SCHEDULE, DISTILLED)
         started = time.perf_counter()
-        for _ in distiller.run(settings["steps"], progress=progress, label="distil"):
-            pass
+        with torch.random.fork_rng(devices=[]):  # dropout's draws, the same each time and none of the caller's
+            torch.manual_seed(DISTILLED.seed)
+            for _ in distiller.run(settings["steps"], progress=progress, label="distil"):
+                pass
         with atomic_folder(folder) as unfinished:
             distilled.write(distiller, unfinished, settings["steps"], time.perf_counter() - started)
     found = distilled.load(folder)

@@ -152,9 +152,16 @@ def test_interrupted_distilling_goes_on(here, capsys):
 
 
 def test_digits_are_distilled_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(digits_task, "load_teacher", lambda *_: _tiny())
+    teacher = _tiny(dropout=0.2)
+    monkeypatch.setattr(digits_task, "load_teacher", lambda *_: teacher)
     monkeypatch.setattr(digits_task, "DISTILLED", distilled_settings())
+    before = torch.get_rng_state()
     first = digits_task.load_distilled(tmp_path, progress=False, short=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)  # another state of the caller's, and the same weights
+    for ours, theirs in zip(first, digits_task.load_distilled(tmp_path / "new", False, True), strict=True):
+        assert same(ours.state_dict(), theirs.state_dict())
+    shutil.rmtree(tmp_path / "new")
     monkeypatch.setattr(MaskedDistiller, "step", lambda *_: pytest.fail("trained again"))
     again = digits_task.load_distilled(tmp_path, progress=False, short=True)
     for ours, theirs in zip(first, again, strict=True):
