@@ -27,6 +27,8 @@ from pecker_fast.refresh import MaskRefresher, change_mask, linear_density  # no
 from pecker_fast.saliency import Saliency, compute_saliency  # noqa: E402
 from pecker_fast.schedule import NoiseSchedule  # noqa: E402
 from pecker_fast.scoring import score_blocks  # noqa: E402
+from pecker_fast.stop_rule import StopRule  # noqa: E402
+from pecker_fast.stopping import StopCheck, Verdict  # noqa: E402
 from pecker_fast.weight_costs import weight_gradient_flops  # noqa: E402
 
 __all__ = [
@@ -43,6 +45,9 @@ __all__ = [
     "NoiseSchedule",
     "ParameterMask",
     "Saliency",
+    "StopCheck",
+    "StopRule",
+    "Verdict",
     "apply_mask",
     "backends",
     "change_mask",

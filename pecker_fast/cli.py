@@ -1,7 +1,7 @@
 """The command ``pecker-fast``: arguments in, one outcome or one clear error out.
 
 Exit codes: 0 done, 2 usage (also settings that make no sense, or a package that is missing), 3 a file or
-folder that cannot be read or written, 4 NaN or infinite values, 130 interrupted.
+folder that cannot be read or written, 4 NaN or infinite values, 130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from pecker_fast.commands import Outcome
+from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
+from pecker_fast.commands.together import run as run_together
 from pecker_fast.errors import FileFormatError, NonFiniteError
 from pecker_fast.parser import build_parser
 
@@ -36,21 +39,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USAGE
     if rest:
         return _fail(options, f"unknown arguments: {' '.join(rest)} (see pecker-fast {options.command} --help)", USAGE)
+    if not launched():
+        return _report(_attempt(options), options)
+    if options.command not in COMMANDS:
+        return _fail(options, f"runs in one process; only {' and '.join(COMMANDS)} run in several", USAGE)
+    try:
+        ended = run_together(options, _attempt_quietly)
+    except ValueError as error:  # what a launcher should have set is missing
+        return _fail(options, error, USAGE)
+    return _report(ended, options) if os.environ["RANK"] == "0" else ended.code
+
+
+def _attempt(options: argparse.Namespace) -> Ended:
+    """Run the command; what users can mend comes back as a text and an exit code."""
     try:
         # Imported only now, so that --help and usage errors come at once.
-        outcome = importlib.import_module(f"pecker_fast.commands.{options.command}").run(options)
-        _print(outcome, options)
+        return Ended(0, outcome=importlib.import_module(f"pecker_fast.commands.{options.command}").run(options))
     except KeyboardInterrupt as interrupt:
-        return _fail(options, f"interrupted; {str(interrupt) or 'nothing was written'}", INTERRUPTED)
+        return Ended(INTERRUPTED, f"interrupted; {str(interrupt) or 'nothing was written'}")
     except NonFiniteError as error:
-        return _fail(options, error, NON_FINITE)
+        return Ended(NON_FINITE, str(error))
+    except (FileFormatError, OSError) as error:
+        return Ended(BAD_FILE, str(error))
+    except (ValueError, TypeError, ImportError) as error:
+        return Ended(USAGE, str(error))
+
+
+def _attempt_quietly(options: argparse.Namespace) -> Ended:
+    """As ``_attempt``, and also what nobody expects comes back, for other processes to hear of it."""
+    try:
+        return _attempt(options)
+    except Exception:
+        return Ended(UNEXPECTED, traceback.format_exc())
+
+
+def _report(ended: Ended, options: argparse.Namespace) -> int:
+    """Print what came out, or what went wrong."""
+    if ended.outcome is None:
+        return _fail(options, ended.message, ended.code)
+    try:
+        _print(ended.outcome, options)
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (FileFormatError, OSError) as error:
-        return _fail(options, error, BAD_FILE)
-    except (ValueError, TypeError, ImportError) as error:
-        return _fail(options, error, USAGE)
-    return 0
+    return ended.code
 
 
 def _print(outcome: Outcome, options: argparse.Namespace) -> None:
@@ -73,7 +104,7 @@ def _lines(values: Any, indent: str = "") -> list[str]:
 
 
 def _fail(options: argparse.Namespace, error: object, code: int) -> int:
-    message = " ".join(str(error).split())
+    message = str(error) if code == UNEXPECTED else " ".join(str(error).split())  # a traceback keeps its lines
     print(f"pecker-fast {options.command}: error: {message}", file=sys.stderr)
     return code
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pecker_fast import models, pretrain
+from pecker_fast import distilled, models, pretrain
+from pecker_fast.checkpoint import atomic_folder
+from pecker_fast.config import DistillConfig
 from pecker_fast.data import ImageData, load_digits
 from pecker_fast.distiller import MaskedDistiller
+from pecker_fast.mask_config import MaskConfig
 from pecker_fast.metrics import (
     FeatureStatistics,
     frechet_distance,
@@ -29,6 +33,23 @@ from pecker_fast.schedule import NoiseSchedule
 NUM_CLASSES = 10
 SAMPLE_SHAPE = (1, 8, 8)
 SCHEDULE = NoiseSchedule.linear()
+DISTILLED = DistillConfig(
+    forget=(),
+    num_classes=NUM_CLASSES,
+    sample_shape=SAMPLE_SHAPE,
+    batch_size=64,
+    mask=MaskConfig(kind="dense"),
+    generator_lr=5e-4,
+    fake_score_lr=5e-4,
+    clip_value=None,
+    warmup_steps=10,
+    ema_decay=0.98,
+    sid_alpha=1.0,
+    t_init=500,
+    t_min=20,
+    t_max=700,
+)
+"""How ``load_distilled`` distils: as the demonstration does, without forgetting."""
 
 
 def default_cache_dir() -> Path:
@@ -66,6 +87,33 @@ def load_judge(cache_dir: Path | None = None, progress: bool = True, short: bool
     return cast(DigitsClassifier, judge)
 
 
+def load_distilled(
+    cache_dir: Path | None = None, progress: bool = True, short: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """The one-step generator of the digits and the fake score that follows it: where requests for erasure start.
+
+    From the cache, or distilled now from ``load_teacher``, 400 dense steps (about a minute).
+
+    Returns:
+        Generator and fake score, in eval mode on the CPU.
+    """
+    settings = {"steps": 8 if short else 400, "short": short, **DISTILLED.to_dict()}
+    with torch.device("meta"):
+        architecture = DDPMUNet.digits().config
+    folder = _folder("distilled", {**settings, **architecture}, cache_dir)
+    if not folder.exists():
+        distiller = MaskedDistiller(load_teacher(cache_dir, progress, short), SCHEDULE, DISTILLED)
+        started = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):  # dropout's draws, the same each time and none of the caller's
+            torch.manual_seed(DISTILLED.seed)
+            for _ in distiller.run(settings["steps"], progress=progress, label="distil"):
+                pass
+        with atomic_folder(folder) as unfinished:
+            distilled.write(distiller, unfinished, settings["steps"], time.perf_counter() - started)
+    found = distilled.load(folder)
+    return found.generator, found.fake_score
+
+
 def _cached(
     name: str,
     settings: dict[str, Any],
@@ -74,11 +122,15 @@ def _cached(
     generation: dict[str, Any] | None,
 ) -> nn.Module:
     """A trained network by its settings: loaded if it is there, trained and kept if not."""
-    key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode()).hexdigest()[:12]
-    folder = (cache_dir or default_cache_dir()) / f"digits-{name}-{key}"
+    folder = _folder(name, settings, cache_dir)
     if not folder.exists():
         models.save(train(), folder, generation)
     return models.load(folder).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _folder(name: str, settings: dict[str, Any], cache_dir: Path | None) -> Path:
+    key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode()).hexdigest()[:12]
+    return (cache_dir or default_cache_dir()) / f"digits-{name}-{key}"
 
 
 @torch.no_grad()

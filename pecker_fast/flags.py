@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pecker_fast.blocks import Block
+from pecker_fast.regions import Region
 
 BLOCK_HELP = "row, element, auto, or OUTxIN such as 64x64 ({})"
 
@@ -98,10 +99,31 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
         choices=("global", "layer"),
         help="rank over the whole network or within layers (global)",
     )
+    add(
+        "--mask_region", type=region, metavar="REGION", help="encoder, middle, decoder, or PREFIX,PREFIX of names (all)"
+    )
+    add("--mask_norms", type=on_off, metavar="{on,off}", help="whether norms may train (on)")
+    add("--mask_budget", choices=("parameters", "flops"), help="what the density is a share of (parameters)")
+    add("--mask_rank", choices=("weight", "flop"), help="saliency per weight, or per FLOP of its gradient (weight)")
     add("--mask_accumulate", choices=("signed_sum", "abs", "square"), help="how gradients add up (signed_sum)")
     add("--mask_batches", type=positive_int, metavar="N", help="batches of the saliency pass (8)")
     add("--mask_batch_size", type=positive_int, metavar="N", help="samples in each (forget_batch_size)")
     add("--mask_lr_scale", choices=("none", "density", "mass"), help="scale the learning rate to the mask (none)")
+    add("--mask_lr_scale_max", type=positive_float, metavar="X", help="by at most this (no limit)")
+    losses = ("noise_prediction", "distillation", "forget_specific")
+    add("--saliency", choices=losses, help="whose gradient says what matters (noise_prediction)")
+    add("--saliency_warmup", type=int, metavar="N", help="updates of the fake score before the last two look (20)")
+
+
+def switch_flags(parser: argparse.ArgumentParser) -> None:
+    """How an iteration computes; what is not given is left to the preset."""
+    add = parser.add_argument
+    add("--preset", choices=("published", "exact", "fast"), help="what switches not given are (exact)")
+    add("--merge_batches", type=on_off, metavar="{on,off}", help="retained and forgotten samples in one batch")
+    add("--closed_form_loss", type=on_off, metavar="{on,off}", help="SiD's loss and gradient in one pass")
+    add("--skip_frozen", type=on_off, metavar="{on,off}", help="no gradients into what is frozen")
+    add("--reuse_generator_forward", type=on_off, metavar="{on,off}", help="one forward for both updates")
+    add("--stop_gradient", type=on_off, metavar="{on,off}", help="follow the score difference as it is")
 
 
 def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
@@ -127,6 +149,13 @@ def device_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def on_off(text: str) -> bool:
+    """A switch."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
+    return text == "on"
+
+
 def positive_int(text: str) -> int:
     """An integer from 1."""
     if not text.isdecimal() or int(text) < 1:
@@ -150,6 +179,18 @@ def positive_float(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return value
+
+
+def region(text: str) -> Region:
+    """A region's name, or prefixes of weights' names."""
+    if text in ("all", "encoder", "middle", "decoder"):
+        return text  # type: ignore[return-value]
+    prefixes = tuple(text.split(","))
+    if not all("." in prefix for prefix in prefixes):
+        raise argparse.ArgumentTypeError(
+            f"expected all, encoder, middle, decoder, or prefixes of names such as up.0.,norm_out., got {text!r}"
+        )
+    return prefixes
 
 
 def block(text: str) -> Block:

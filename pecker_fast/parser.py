@@ -8,12 +8,12 @@ from typing import Any
 
 import pecker_fast
 from pecker_fast.delta_flags import delta_command
+from pecker_fast.distill_flags import distill_command, fake_score_mask_flag, unlearn_command
 from pecker_fast.flags import (
     BLOCK_HELP,
     Parser,
     block,
     cache_flags,
-    checkpoint_flags,
     density_flag,
     device_flag,
     forget_flag,
@@ -24,6 +24,7 @@ from pecker_fast.flags import (
     positive_int,
     seed,
     source_flag,
+    switch_flags,
 )
 
 
@@ -32,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pecker-fast", description="Make a diffusion model forget, and show what it forgot.")
     parser.add_argument("--version", action="version", version=f"pecker_fast {pecker_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _pretrain, _mask, _unlearn, _sample, _evaluate, delta_command, _doctor):
+    for add in (_demo, _pretrain, _mask, distill_command, unlearn_command, _sample, _evaluate, delta_command, _doctor):
         add(commands)
     return parser
 
@@ -114,66 +115,6 @@ def _mask(commands: Any) -> None:
     device_flag(parser)
 
 
-def _unlearn(commands: Any) -> None:
-    parser = new_command(
-        commands,
-        "unlearn",
-        "make a diffusion model forget classes",
-        "pecker-fast unlearn --pretrained_model_name_or_path teacher --forget_class 3 \\\n"
-        "      --override_class 8 --mask_density 0.25 --block row --mask_lr_scale density \\\n"
-        "      --max_train_steps 150 --train_batch_size 64 --forget_batch_size 16 --generator_lr 5e-4 \\\n"
-        "      --fake_score_lr 5e-4 --lr_warmup_steps 10 --t_init 500 --t_min 20 --t_max 700 \\\n"
-        "      --sid_alpha 1 --forget_weight 0.05 --ema_decay 0.98 --output_dir out\n\n"
-        "These settings suit small models such as pecker-fast pretrain makes. Numbers not given are\n"
-        "those published for CIFAR-10; --dry_run shows them.",
-    )
-    source_flag(parser)
-    forget_flag(parser)
-    override_flag(parser)
-    mask_flags(parser, ("saliency", "random", "dense"))
-    add = parser.add_argument
-    add(
-        "--mask_path",
-        type=Path,
-        metavar="FILE",
-        help="use this mask; --mask, --mask_density and --block do not count",
-    )
-    add("--max_train_steps", type=positive_int, default=500, metavar="N", help="(500)")
-    add(
-        "--train_batch_size",
-        type=positive_int,
-        metavar="N",
-        help="samples of retained classes in each update",
-    )
-    add(
-        "--forget_batch_size",
-        type=positive_int,
-        metavar="N",
-        help="samples of forgotten classes in each update",
-    )
-    add("--generator_lr", type=float, metavar="X", help="learning rate of the generator")
-    add("--fake_score_lr", type=float, metavar="X", help="learning rate of the fake score")
-    add("--lr_warmup_steps", type=int, metavar="N", help="steps of linear warm-up")
-    add("--weight_decay", type=float, metavar="X", help="decoupled weight decay")
-    add("--ema_decay", type=float, metavar="X", help="of the running average that is saved")
-    add("--retain_weight", type=float, metavar="X", help="weight of the losses on retained classes")
-    add("--forget_weight", type=float, metavar="X", help="weight of the losses on forgotten classes")
-    add("--sid_alpha", type=float, metavar="X", help="alpha of the SiD loss")
-    add("--t_init", type=int, metavar="T", help="timestep at which the one-step generator starts")
-    add("--t_min", type=int, metavar="T", help="smallest timestep of the losses")
-    add("--t_max", type=int, metavar="T", help="timesteps of the losses are below this")
-    add("--seed", type=seed, metavar="N", help="of every draw")
-    add(
-        "--output_dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="gets model/, the mask, settings and losses",
-    )
-    checkpoint_flags(parser)
-    device_flag(parser)
-
-
 def _sample(commands: Any) -> None:
     parser = new_command(
         commands,
@@ -226,5 +167,7 @@ def _doctor(commands: Any) -> None:
     add("--model", type=Path, metavar="DIR", help="a diffusion model's folder (the DDPM UNet of CIFAR-10)")
     density_flag(parser, None)
     add("--block", type=block, metavar="BLOCK", help=BLOCK_HELP.format("auto"))
+    fake_score_mask_flag(parser)
+    switch_flags(parser)
     add("--max_train_steps", type=positive_int, metavar="N", help="steps that share the cost of the mask")
     device_flag(parser)

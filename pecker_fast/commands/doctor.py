@@ -14,11 +14,11 @@ import torch
 import pecker_fast
 from pecker_fast import native
 from pecker_fast.commands import Outcome, iteration
-from pecker_fast.commands.source import torch_device
+from pecker_fast.commands.source import SWITCH_FLAGS, torch_device
 from pecker_fast.crossovers import Measured, measure_crossovers
 
 _PACKAGES = ("torch", "numpy", "safetensors", "triton", "diffusers", "matplotlib", "scikit-learn")
-_OF_FLOPS = ("model", "mask_density", "block", "max_train_steps")
+_OF_FLOPS = ("model", "mask_density", "block", "max_train_steps", "fake_score_mask", *SWITCH_FLAGS)
 
 
 def run(options: argparse.Namespace) -> Outcome:

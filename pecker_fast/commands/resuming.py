@@ -12,7 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pecker_fast.checkpoint_folders import LATEST, finished
+from pecker_fast.commands.judging import Stop
 from pecker_fast.distill_checkpoint import KIND
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
@@ -25,13 +28,17 @@ class Training:
     Attributes:
         options: ``output_dir``, ``max_train_steps``, ``checkpointing_steps``, ``checkpoints_total_limit``,
             ``resume_from_checkpoint`` and ``quiet``.
-        metrics: Of every step so far.
+        stop: The check that may end it, and how often it is asked.
+        metrics: Of every step so far, and of its check if there was one.
         seconds: What earlier processes took.
+        stopped: The step after which ``stop`` ended it.
     """
 
     options: argparse.Namespace
+    stop: Stop | None = None
     metrics: list[Mapping[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    stopped: int | None = None
     _started: float = field(default_factory=time.perf_counter)
     _written: Path | None = None
 
@@ -69,9 +76,13 @@ class Training:
                 f"--max_train_steps {options.max_train_steps}: {loaded.folder} has done {loaded.step} steps already"
             )
         self.metrics, self.seconds = list(loaded.extra.get("metrics", [])), loaded.extra.get("seconds", 0.0)
+        saved = loaded.extra.get("stop")
+        if self.stop is not None and saved is not None and saved["rule"] == str(self.stop.check.rule):
+            self.stop.check.load_state_dict(saved)
+            self.stopped = saved["stopped"]
 
-    def run(self, distiller: MaskedDistiller) -> None:
-        """Train up to ``max_train_steps``, with a checkpoint every ``checkpointing_steps``.
+    def run(self, distiller: MaskedDistiller, label: str = "unlearn") -> None:
+        """Train up to ``max_train_steps`` or until ``stop`` says so, with a checkpoint every ``checkpointing_steps``.
 
         With checkpoints, SIGINT and SIGTERM wait for the step to end, and one is written then.
 
@@ -79,18 +90,30 @@ class Training:
             KeyboardInterrupt: Interrupted; it says what is left.
         """
         every = self.options.checkpointing_steps
-        steps = self.options.max_train_steps - distiller.steps_done
+        steps = 0 if self.stopped is not None else self.options.max_train_steps - distiller.steps_done
         try:
-            with stop_after_step() if every else nullcontext(_never) as stopped:
-                for metrics in distiller.run(steps, progress=not self.options.quiet):
-                    self.metrics.append(metrics)
-                    stop = stopped()
-                    if every and (stop or distiller.steps_done % every == 0):
+            with stop_after_step() if every else nullcontext(_never) as interrupted:
+                for metrics in distiller.run(steps, progress=not self.options.quiet, label=label):
+                    verdict = self._verdict(distiller)  # which waits for the step; a step without one is not waited for
+                    self.metrics.append({**metrics, **verdict} if verdict else metrics)
+                    leave = every is not None and _anywhere(interrupted(), distiller)
+                    if every and (leave or distiller.steps_done % every == 0):
                         self._save(distiller)
-                    if stop:
+                    if leave:
                         raise KeyboardInterrupt
+                    if self.stopped is not None:
+                        break
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(*self._left()) from interrupt
+
+    def _verdict(self, distiller: MaskedDistiller) -> dict[str, float]:
+        """What a check found, if one is due."""
+        if self.stop is None or distiller.steps_done % self.stop.every:
+            return {}
+        verdict = self.stop.check(distiller)
+        if verdict.stop:
+            self.stopped = distiller.steps_done
+        return verdict.values()
 
     def last_metrics(self) -> Mapping[str, float]:
         """Of the last step; a checkpoint that was not written here may have none."""
@@ -103,6 +126,9 @@ class Training:
     def _save(self, distiller: MaskedDistiller) -> None:
         options = self.options
         extra: dict[str, Any] = {"metrics": self.metrics, "seconds": self.total_seconds()}
+        if self.stop is not None:
+            check = self.stop.check
+            extra["stop"] = {"rule": str(check.rule), "stopped": self.stopped, **check.state_dict()}
         limit = options.checkpoints_total_limit
         self._written = distiller.save_checkpoint(options.output_dir, total_limit=limit, extra=extra)
 
@@ -135,6 +161,11 @@ def stop_after_step() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _anywhere(flag: bool, distiller: MaskedDistiller) -> bool:
+    """Whether it is so in any of the processes that train together: they must leave after the same step."""
+    return bool(distiller.ranks.gather(torch.tensor([int(flag)])).any())
 
 
 def _never() -> bool:

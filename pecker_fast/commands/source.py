@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import models
-from pecker_fast.config import DistillConfig
+from pecker_fast.config import SWITCHES, DistillConfig
 from pecker_fast.data import load_image_folder
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask_config import MaskConfig
@@ -35,15 +35,23 @@ _DISTILL_FIELDS = {
     "forget_weight": "forget_weight",
     "seed": "seed",
 }
+SWITCH_FLAGS = ("preset", *SWITCHES)
 _MASK_FIELDS = {
     "mask": "kind",
     "mask_density": "density",
     "block": "block",
     "mask_scope": "scope",
+    "mask_region": "region",
+    "mask_norms": "norms",
+    "mask_budget": "budget",
+    "mask_rank": "rank",
     "mask_accumulate": "accumulate",
     "mask_batches": "batches",
     "mask_batch_size": "batch_size",
     "mask_lr_scale": "lr_scale",
+    "mask_lr_scale_max": "lr_scale_max",
+    "saliency": "saliency",
+    "saliency_warmup": "saliency_warmup",
 }
 
 
@@ -97,21 +105,48 @@ def load_source(folder: Path, device: str) -> Source:
     return Source(model, schedule, config["architecture"]["num_classes"], (channels, height, width))
 
 
-def distill_config(options: argparse.Namespace, source: Source, **mask_changes: Any) -> DistillConfig:
+def distill_config(
+    options: argparse.Namespace,
+    source: Source,
+    *,
+    forget: Sequence[int] | None = None,
+    override: Sequence[int] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    mask: Mapping[str, Any] | None = None,
+) -> DistillConfig:
     """The settings that the flags ask for, checked against the model.
+
+    Args:
+        options: The flags; one that is missing or None was not given.
+        source: The model.
+        forget: Classes; None takes those of the flags, with their overrides.
+        override: What takes the place of ``forget``.
+        defaults: Fields for which no flag was given; the rest is left to ``DistillConfig``.
+        mask: Fields of the mask that have the last word.
 
     Raises:
         ValueError: An unknown class, or a number out of range.
     """
-    mask = _given(options, _MASK_FIELDS) | mask_changes
+    if forget is None:
+        forget, override = options.forget_class, getattr(options, "override_class", None)
+    given = _given(options, _DISTILL_FIELDS) | switches(options)
+    if getattr(options, "fake_score_mask", None) == "same":
+        given["fake_score_mask"] = "same"
+    if getattr(options, "clip_value", None) is not None:
+        given["clip_value"] = options.clip_value or None
     return DistillConfig(
-        forget=tuple(options.forget_class),
-        override=None if getattr(options, "override_class", None) is None else tuple(options.override_class),
+        forget=tuple(forget),
+        override=None if override is None else tuple(override),
         num_classes=source.num_classes,
         sample_shape=source.sample_shape,
-        mask=MaskConfig(**mask),
-        **_given(options, _DISTILL_FIELDS),
+        mask=MaskConfig(**_given(options, _MASK_FIELDS) | dict(mask or {})),
+        **dict(defaults or {}) | given,
     )
+
+
+def switches(options: argparse.Namespace) -> dict[str, Any]:
+    """Preset and switches that were given."""
+    return _given(options, {name: name for name in SWITCH_FLAGS})
 
 
 def forget_batches(folder: Path, source: Source, config: DistillConfig) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
-from pecker_fast.checkpoint import atomic_folder
-from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands import Outcome, dry_run, judging
+from pecker_fast.commands.earlier import RECORD
+from pecker_fast.commands.requests import Request
 from pecker_fast.commands.resuming import Training
-from pecker_fast.commands.source import classes_text, distill_config, load_source
+from pecker_fast.commands.source import Source, classes_text, distill_config, load_source
+from pecker_fast.commands.together import group_of, is_first, output_folder
+from pecker_fast.config import DistillConfig
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
@@ -19,45 +23,71 @@ _WRITES = ("model/", "delta/", "mask.safetensors", "distill_config.json", "metri
 def run(options: argparse.Namespace) -> Outcome:
     """Distil with the mask that the flags ask for; the output folder appears only when all of it is there."""
     source = load_source(options.pretrained_model_name_or_path, options.device)
+    request = Request.read(options, source)
     mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
+    if mask is not None:
+        request.check_mask(mask, options.mask_path)
+    forget, override = request.classes
     changes = {} if mask is None else {"density": mask.density_asked}
-    config = distill_config(options, source, **changes)
-    training = Training(options)
-    training.check()
+    config = distill_config(options, source, forget=forget, override=override, defaults=request.defaults, mask=changes)
+    Training(options).check()
+    judging.check_flags(options, source)
     if options.dry_run:
-        density = 1.0 if config.mask.kind == "dense" else config.mask.density
-        active = round(density * source.parameters) if mask is None else mask.numel
-        checkpoints = ("checkpoint-*/",) if options.checkpointing_steps else ()
-        writes = [str(options.output_dir / name) for name in (*_WRITES, *checkpoints)]
-        settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
-        return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
+        return _dry_run(options, source, config, mask)
 
-    with atomic_folder(options.output_dir) as folder:
-        distiller = MaskedDistiller(source.model, source.schedule, config)
+    stop = judging.make(options, source, config.forget, config.seed)
+    training = Training(options, stop)
+    with output_folder(options.output_dir, options) as folder:
+        distiller = MaskedDistiller(
+            source.model, source.schedule, config, **request.networks, process_group=group_of(options)
+        )
         if mask is not None:
             _use(distiller, mask, options)
         training.resume(distiller)
-        mask = distiller.mask or distiller.build_mask()
+        mask = distiller.mask or request.build_mask(distiller)
         training.run(distiller)
-        seconds, metrics = training.total_seconds(), training.last_metrics()
-        lines = "".join(json.dumps(dict(step)) + "\n" for step in training.metrics)
-        (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        seconds = training.total_seconds()
         distiller.save(folder)
+        if is_first(options):
+            lines = "".join(json.dumps(dict(step)) + "\n" for step in training.metrics)
+            (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+            request.write(folder, options)
     values = {
         "output_dir": str(options.output_dir),
         "model": str(options.output_dir / "model"),
-        "forget_class": list(config.forget),
+        "forget_class": list(request.forget),
         "density": mask.density,
         "trainable_parameters": distiller.active.numel,
         "parameters": source.parameters,
         "seconds": seconds,
-        **metrics,
+        **training.last_metrics(),
     }
+    if stop is not None:
+        values["stopped"] = training.stopped
+    return Outcome(values, _text(options, values))
+
+
+def _dry_run(options: argparse.Namespace, source: Source, config: DistillConfig, mask: BlockMask | None) -> Outcome:
+    density = 1.0 if config.mask.kind == "dense" else config.mask.density
+    active = round(density * source.parameters) if mask is None else mask.numel
+    more = (("checkpoint-*/",) if options.checkpointing_steps else ()) + ((RECORD,) if options.init else ())
+    writes = [str(options.output_dir / name) for name in (*_WRITES, *more)]
+    settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
+    return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
+
+
+def _text(options: argparse.Namespace, values: dict[str, Any]) -> str:
     text = (
-        f"Forgot class {classes_text(config.forget)} in {metrics['step']} steps ({seconds:.1f} s), training "
-        f"{distiller.active.numel:,} of {source.parameters:,} weights. Written to {options.output_dir}."
+        f"Forgot class {classes_text(values['forget_class'])} in {values['step']} steps ({values['seconds']:.1f} s), "
+        f"training {values['trainable_parameters']:,} of {values['parameters']:,} weights. "
+        f"Written to {options.output_dir}."
     )
-    return Outcome(values, text)
+    if options.stop_on is None:
+        return text
+    if values["stopped"] is None:
+        return f"{text}\nThe target was NOT reached: {options.stop_on} did not hold in two checks in a row."
+    bounds = f"ua {values['ua']:.4f} [>= {values['ua_lower']:.4f}], retain {values['retain']:.4f} "
+    return f"{text}\nThe target was reached, {options.stop_on}: {bounds}[>= {values['retain_lower']:.4f}]."
 
 
 def _use(distiller: MaskedDistiller, mask: BlockMask, options: argparse.Namespace) -> None:
