@@ -99,9 +99,7 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
         choices=("global", "layer"),
         help="rank over the whole network or within layers (global)",
     )
-    add(
-        "--mask_region", type=region, metavar="REGION", help="encoder, middle, decoder, or PREFIX,PREFIX of names (all)"
-    )
+    add("--mask_region", type=region, metavar="REGION", help="encoder, middle, decoder, or PREFIX,PREFIX... (all)")
     add("--mask_norms", type=on_off, metavar="{on,off}", help="whether norms may train (on)")
     add("--mask_budget", choices=("parameters", "flops"), help="what the density is a share of (parameters)")
     add("--mask_rank", choices=("weight", "flop"), help="saliency per weight, or per FLOP of its gradient (weight)")
