@@ -155,7 +155,7 @@ def _check_base(distiller: Distiller, record: Mapping[str, Any], masks: Mapping[
     for name, mask in masks.items() if distiller.mask is not None else ():
         if optimizer_of(distiller, name).active.mask != mask:
             raise ValueError(f"{folder}: was saved with another mask than the one in use; load it into a new distiller")
-    for name, own in base_of(distiller, masks["generator"]).items():
+    for name, own in base_of(distiller, masks).items():
         saved = record["base"][name]
         if saved != own:
             raise ValueError(

@@ -69,9 +69,17 @@ class MaskMaker:
             fake_score: Gives the fake score to look with, which has left the true score; asked only where needed.
             images: Of classes to forget; None takes samples of the generator.
             exclude: Masks whose weights are left alone.
+        """
+        config = self.losses.config.mask
+        if config.kind != "saliency":
+            return self._without_saliency(self.generator, config, exclude)
+        return self._ranked(self._saliency(config, fake_score, images), self.generator, config, exclude)
+
+    def check(self, images: Images | None, exclude: Sequence[BlockMask]) -> None:
+        """Refuse what ``of_generator`` could not use, before anything is computed.
 
         Raises:
-            ValueError: Images, and a saliency that looks at samples of its own.
+            ValueError: Images, and a saliency that looks at samples of its own; masks to leave alone, and a dense run.
         """
         config = self.losses.config.mask
         if images is not None and config.saliency != "noise_prediction":
@@ -79,9 +87,8 @@ class MaskMaker:
                 f"MaskConfig.saliency={config.saliency!r} looks at the generator's own samples; leave the images out, "
                 f"or take saliency='noise_prediction'"
             )
-        if config.kind != "saliency":
-            return self._without_saliency(self.generator, config, exclude)
-        return self._ranked(self._saliency(config, fake_score, images), self.generator, config, exclude)
+        if exclude and config.kind == "dense":
+            raise ValueError("exclude: a dense run trains every weight; take another kind of mask to leave some alone")
 
     def of_fake_score(self, fake_score: nn.Module) -> BlockMask:
         """The fake score's mask by ``config.fake_score_mask``: saliency of its own loss, on all classes."""
@@ -93,16 +100,19 @@ class MaskMaker:
         return self._ranked(saliency, fake_score, config)
 
     def passes(self, fake_score: nn.Module) -> list[Pass]:
-        """What ``of_generator`` computes, as far as it has products."""
-        config = self.losses.config.mask
-        if config.kind != "saliency":
-            return []
-        if config.saliency == "noise_prediction":
-            loss = lambda: self.noise_prediction(self.generator, self._forgotten(config))  # noqa: E731
-            return [Pass(config.batches, "generator", loss)]
-        parts: tuple[Part, ...] = ("all",) if config.saliency == "distillation" else ("forget", "retain")
-        warmup = Pass(config.saliency_warmup, "fake_score", lambda: self.fake_score_loss(fake_score))
-        return [warmup, *(Pass(config.batches, "generator", self._distillation(fake_score, part)) for part in parts)]
+        """What both masks compute, as far as it has products."""
+        config, own = self.losses.config.mask, self.losses.config.mask_of_fake_score
+        passes = []
+        if config.kind == "saliency" and config.saliency == "noise_prediction":
+            passes.append(Pass(config.batches, "generator", lambda: self._published(config)))
+        elif config.kind == "saliency":
+            parts: tuple[Part, ...] = ("all",) if config.saliency == "distillation" else ("forget", "retain")
+            passes.append(Pass(config.saliency_warmup, "fake_score", lambda: self.fake_score_loss(fake_score)))
+            passes += [Pass(config.batches, "generator", self._distillation(fake_score, part)) for part in parts]
+        if own.kind == "saliency":
+            look = lambda: self.noise_prediction(fake_score, self._samples(self.draws.batch().labels))  # noqa: E731
+            passes.append(Pass(own.batches, "fake_score", look))
+        return passes
 
     # -- losses ------------------------------------------------------------------------------------
 
@@ -111,6 +121,9 @@ class MaskMaker:
         x0, labels = (tensor.to(self.draws.device) for tensor in batch)
         t = self.draws.timesteps(len(x0), 0, self.losses.schedule.num_train_timesteps)
         return self.losses.noise_prediction(network, x0, labels, t, self.draws.noise(len(x0))).mean()
+
+    def _published(self, config: MaskConfig) -> Tensor:
+        return self.noise_prediction(self.generator, self._forgotten(config))
 
     def fake_score_loss(self, fake_score: nn.Module) -> Tensor:
         """What the fake score is trained on, of a fresh batch."""
@@ -169,8 +182,6 @@ class MaskMaker:
             terms, seed = self._terms(network, config), self.losses.config.seed
             exclude = [*exclude, *_frozen_norms(network, config)]
             return BlockMask.random(network, config.density, config.block, seed, exclude, **terms)
-        if exclude:
-            raise ValueError("exclude: a dense run trains every weight; take another kind of mask to leave some alone")
         return BlockMask.dense(network, config.region)
 
     def _terms(self, network: nn.Module, config: MaskConfig, **terms: Any) -> dict[str, Any]:
@@ -205,11 +216,22 @@ def _frozen_norms(network: nn.Module, config: MaskConfig) -> list[BlockMask]:
 
 
 def lr_scale(mask: BlockMask, config: MaskConfig) -> float:
-    """What ``config.lr_scale`` multiplies the learning rate of a network with ``mask`` by."""
+    """What ``config.lr_scale`` multiplies the learning rate of a network with ``mask`` by.
+
+    A mask without mass, made by chance or put together from others, counts as chance: its mass is its density.
+
+    Raises:
+        ValueError: No gradient at all lies on the mask.
+    """
     if config.lr_scale == "none":
         return 1.0
-    by_density = config.lr_scale == "density" or mask.mass is None  # chance has as much mass as density
-    scale = 1 / (mask.density if by_density else math.sqrt(mask.mass * mask.density))  # type: ignore[operator]
+    mass = mask.density if config.lr_scale == "density" or mask.mass is None else mask.mass
+    if not mass > 0:
+        raise ValueError(
+            "MaskConfig.lr_scale='mass': no gradient lies on the active weights, so no learning rate makes up for it; "
+            "choose other weights, or lr_scale='density'"
+        )
+    scale = 1 / math.sqrt(mass * mask.density)
     return scale if config.lr_scale_max is None else min(scale, config.lr_scale_max)
 
 

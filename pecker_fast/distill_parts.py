@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -75,28 +76,39 @@ _bases: weakref.WeakKeyDictionary[Distiller, dict[str, str]] = weakref.WeakKeyDi
 def own_base(distiller: Distiller) -> dict[str, str]:
     """``base_of`` a distiller with its mask, computed once for it."""
     if distiller not in _bases:
-        _bases[distiller] = base_of(distiller, distiller.generator_optimizer.active.mask)
+        _bases[distiller] = base_of(distiller, {name: optimizer_of(distiller, name).active.mask for name in NETWORKS})
     return _bases[distiller]
 
 
-def base_of(distiller: Distiller, mask: BlockMask) -> dict[str, str]:
-    """Fingerprints of what is not saved: the true score, and the generator's weights outside ``mask``."""
-    weights = _weights(distiller.generator)
-    active = {name: parameter for name, parameter in mask.parameters.items() if parameter.numel}
-    rest = (fingerprint_all(weights, progress=False) - fingerprint_blocks(weights, active)) % MODULUS
+def base_of(distiller: Distiller, masks: Mapping[str, BlockMask]) -> dict[str, str]:
+    """Fingerprints of what is not saved: the true score, and the weights of the others outside their masks."""
     true_score = fingerprint_all(_tensors(distiller.true_score), progress=False)
-    return {"true_score": f"{true_score:016x}", "generator": f"{rest:016x}"}
+    rest = {name: _outside(network_of(distiller, name), mask) for name, mask in masks.items()}
+    return {name: f"{value:016x}" for name, value in {"true_score": true_score, **rest}.items()}
 
 
-def agreed_parts(distiller: Distiller, mask: BlockMask) -> dict[str, bytes]:
-    """What all ranks must have the same before they train together, in order."""
-    tensors, header = mask.to_tensors()
-    return {
+def _outside(network: nn.Module, mask: BlockMask) -> int:
+    """Of the weights outside a mask; where all of it trains, what cannot be masked does so too, and nothing is left."""
+    if all(parameter.is_full for parameter in mask.parameters.values()):
+        return 0
+    weights = _weights(network)
+    active = {name: parameter for name, parameter in mask.parameters.items() if parameter.numel}
+    return (fingerprint_all(weights, progress=False) - fingerprint_blocks(weights, active)) % MODULUS
+
+
+def agreed_parts(distiller: Distiller, mask: BlockMask | None = None) -> dict[str, bytes]:
+    """What all ranks must have the same before they train together, in order; without a mask, before one is made."""
+    parts = {
         "config or schedule": json.dumps(settings_of(distiller)).encode(),
         "true score": _fingerprint(distiller.true_score),
         "generator": _fingerprint(distiller.generator),
-        "mask": header["grids"].encode() + b"".join(bits.numpy().tobytes() for bits in tensors.values()),
+        "fake score": _fingerprint(distiller.fake_score),
     }
+    if mask is not None:
+        tensors, header = mask.to_tensors()
+        bits = b"".join(bits.numpy().tobytes() for bits in tensors.values())
+        parts["mask"] = f"{header['grids']} {header['mass']}".encode() + bits
+    return parts
 
 
 def _fingerprint(network: nn.Module) -> bytes:

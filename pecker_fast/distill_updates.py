@@ -100,10 +100,12 @@ class Updates:
         if samples is None:
             generator.network.train()
             generator.optimizer.zero_grad()
-        again = ((self.draws.again(batch), x0) for batch, x0 in samples or ())
+        else:
+            fresh = self.draws.again([batch for batch, _ in samples])
+            samples = [(batch, x0) for batch, (_, x0) in zip(fresh, samples, strict=True)]
         losses = (
             (batch.weights * self.losses.of_generator(self.true_score, fake_score.network, batch, x0)).sum()
-            for batch, x0 in (self._samples() if samples is None else again)
+            for batch, x0 in (self._samples() if samples is None else samples)
         )
         return self._follow(losses, generator)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pecker_fast import distill_checkpoint, distill_output, distill_state
+from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import apply_mask
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.config import DistillConfig
@@ -26,6 +28,7 @@ from pecker_fast.distill_samples import averaged, draw_start, sample
 from pecker_fast.distill_updates import Learner, Updates, make_optimizer, warmup
 from pecker_fast.draws import Draws
 from pecker_fast.mask import BlockMask
+from pecker_fast.maskable import STORE
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
 from pecker_fast.step_metrics import StepMetrics, checked
@@ -51,7 +54,8 @@ class MaskedDistiller:
         config: What to forget, and how.
         generator: Where the one-step generator starts, for example one that was distilled before; it is copied, and
             must stay as it is until ``save``, whose delta begins there. None starts from the true score itself.
-        fake_score: Where the fake score starts, which is copied; None starts from the true score.
+        fake_score: Where the fake score starts, which is copied; None starts from the true score. Networks of another
+            distiller are taken without their masks.
         process_group: Train together with these processes, one distiller in each, made of the same true score and
             config: every rank draws samples of its own (``config.batch_size`` of them), the gradients of either
             network are averaged in one all-reduce, the first rank makes the mask and writes the files. Every rank
@@ -82,8 +86,8 @@ class MaskedDistiller:
         self.config = config
         self.losses = DistillLosses(predictor(true_score), schedule, config)
         self.base = true_score if generator is None else generator
-        self.generator = copy.deepcopy(self.base)
-        self.fake_score = copy.deepcopy(true_score if fake_score is None else fake_score).requires_grad_(True)
+        self.generator = _copy_without_mask(self.base)
+        self.fake_score = _copy_without_mask(true_score if fake_score is None else fake_score).requires_grad_(True)
         self.true_score = true_score.eval().requires_grad_(False)
         weight = next(true_score.parameters())
         self.device = weight.device
@@ -115,10 +119,13 @@ class MaskedDistiller:
             ValueError: Images, for a saliency that takes none; nothing left to choose from.
         """
         self._check_no_mask()
-        fake_score = self._updates.ahead(self.fake_score)
-        return self.use_mask(
-            self.ranks.shared_mask(lambda: self.masks.of_generator(lambda: fake_score, batches, exclude))
-        )
+        self.masks.check(batches, exclude)
+        if self.ranks.group is not None:
+            self.ranks.check_same(agreed_parts(self))
+        with self.draws.undone_on_failure():
+            ahead = self._updates.ahead(self.fake_score)
+            make = functools.partial(self.masks.of_generator, lambda: ahead, batches, exclude)
+            return self.use_mask(self.ranks.shared_mask(make))
 
     def use_mask(self, mask: BlockMask, fake_score_mask: BlockMask | None = None) -> BlockMask:
         """Train with a given mask, for example one read from a file.
@@ -132,22 +139,32 @@ class MaskedDistiller:
 
         Raises:
             RuntimeError: A mask is in use already; or another rank has another mask, true score, generator or config.
-            ValueError: It was made for another network.
+            ValueError: One of them was made for another network. Nothing has changed then.
         """
         self._check_no_mask()
         if self.ranks.group is not None:
             self.ranks.check_same(agreed_parts(self, mask))
         config = self.config
-        self.active = apply_mask(self.generator, mask)
-        self.mask = mask
-        self.generator_optimizer = make_optimizer(config, self.active, config.generator_lr, config.ema_decay)
-        if fake_score_mask is None:
-            fake_score_mask = self.ranks.shared_mask(lambda: self.masks.of_fake_score(self.fake_score))
-        self.fake_score_mask = fake_score_mask
-        all_of_it = all(parameter.is_full for parameter in fake_score_mask.parameters.values())
-        fake_active = apply_mask(self.fake_score, fake_score_mask, unmaskable="dense" if all_of_it else "frozen")
+        lr_scale(mask, config.mask)
+        with self.draws.undone_on_failure():
+            if fake_score_mask is None:
+                fake_score_mask = self.ranks.shared_mask(lambda: self.masks.of_fake_score(self.fake_score))
+            lr_scale(fake_score_mask, config.mask_of_fake_score)
+            active, fake_active = self._apply(mask, fake_score_mask)
+        self.generator_optimizer = make_optimizer(config, active, config.generator_lr, config.ema_decay)
         self.fake_score_optimizer = make_optimizer(config, fake_active, config.fake_score_lr)
+        self.active, self.mask, self.fake_score_mask = active, mask, fake_score_mask
         return mask
+
+    def _apply(self, mask: BlockMask, fake_score_mask: BlockMask) -> tuple[ActiveParameters, ActiveParameters]:
+        """Both masks, or none."""
+        all_of_it = all(parameter.is_full for parameter in fake_score_mask.parameters.values())
+        active = apply_mask(self.generator, mask)
+        try:
+            return active, apply_mask(self.fake_score, fake_score_mask, unmaskable="dense" if all_of_it else "frozen")
+        except BaseException:
+            active.remove()
+            raise
 
     def _check_no_mask(self) -> None:
         if self.mask is not None:
@@ -352,3 +369,11 @@ class MaskedDistiller:
                 kind of device.
         """
         return distill_checkpoint.load(self, checkpoint, root)
+
+
+def _copy_without_mask(network: nn.Module) -> nn.Module:
+    """An ordinary dense copy, in eval mode: what the masks are chosen by does not depend on how it comes."""
+    copied = copy.deepcopy(network)
+    if STORE in vars(copied):
+        ActiveParameters.of(copied).remove()
+    return copied.eval()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,10 +72,22 @@ class Draws:
         forget = self._samples(forgotten, self.override(forgotten), config.forget_weight)
         return Batch(*(torch.cat(pair) for pair in zip(retain, forget, strict=True)))
 
-    def again(self, batch: Batch) -> Batch:
-        """The same samples at fresh timesteps, with fresh noise."""
-        t = self.timesteps(len(batch.t), self.config.t_min, self.config.t_max)
-        return replace(batch, t=t, epsilon=self.noise(len(batch.t)))
+    def again(self, parts: Sequence[Batch]) -> list[Batch]:
+        """The same samples at fresh timesteps, with fresh noise, drawn for all parts of a batch at once."""
+        sizes = [len(part.t) for part in parts]
+        t = self.timesteps(sum(sizes), self.config.t_min, self.config.t_max).split(sizes)
+        epsilon = self.noise(sum(sizes)).split(sizes)
+        return [replace(part, t=t[i], epsilon=epsilon[i]) for i, part in enumerate(parts)]
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """Within the block draws are as always; where it fails they were never made."""
+        state = self.rng.get_state()
+        try:
+            yield
+        except BaseException:
+            self.rng.set_state(state)
+            raise
 
     def forgotten(self, count: int | None = None) -> Tensor:
         """Forgotten classes, (count,); as many as an update takes if not told."""

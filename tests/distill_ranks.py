@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -20,10 +21,10 @@ SETTINGS = {
 }
 
 
-def together(settings, network=None, **more):
+def together(settings, network=None, fake_score=None, **more):
     network = unet(dropout=0.0).double() if network is None else network
-    group = dist.group.WORLD
-    return MaskedDistiller(network, SCHEDULE, config(**SETTINGS[settings] | more), process_group=group)
+    given = {"fake_score": fake_score, "process_group": dist.group.WORLD}
+    return MaskedDistiller(network, SCHEDULE, config(**SETTINGS[settings] | more), **given)
 
 
 def weights(distiller):
@@ -75,11 +76,15 @@ def disagreements(rank, folder):
         "true score": (together("random", other), masks[0]),
         "config or schedule": (together("random", generator_lr=1e-3 * (rank + 1)), masks[0]),
         "mask": (together("random"), masks[rank]),
+        "fake score": (together("random", fake_score=other), masks[0]),
+        "mass": (together("random"), dataclasses.replace(masks[0], mass=0.5 + rank / 4)),
     }
     found = {}
     for name, (distiller, mask) in cases.items():
         found[name] = error_of(lambda d=distiller, m=mask: d.use_mask(m))
         assert distiller.mask is None
+    looking = together("random", mask={"kind": "saliency", "saliency": ("noise_prediction", "distillation")[rank]})
+    found["saliency"] = error_of(looking.build_mask)  # the first would not wait for the updates of the second
     failing = together("saliency")
     nowhere = folder / f"result{rank}.file"
     nowhere.write_text("in the way")

@@ -201,7 +201,7 @@ def test_settings_survive_json():
 @pytest.mark.parametrize("saliency", ["noise_prediction", "distillation", "forget_specific"])
 def test_what_a_mask_computes_is_what_is_counted(saliency):
     own = MaskConfig(saliency=saliency, saliency_warmup=3, batches=2, density=0.2, block="row")
-    distiller = distilled(unet(dropout=0.0, attention_resolutions=()), mask=own)
+    distiller = distilled(unet(dropout=0.0, attention_resolutions=()), mask=own, fake_score_mask="same")
     with count_flops() as counted:
         distiller.build_mask()
     assert counted.total > 0

@@ -79,11 +79,12 @@ def test_a_checkpoint_of_two_ranks_resumes_to_the_bit_and_is_refused_by_one(resu
         assert "resume with as many processes as it was saved with" in result["resumed"]["refused"]
 
 
-@pytest.mark.parametrize("what", ["true score", "config or schedule", "mask"])
+@pytest.mark.parametrize("what", ["true score", "fake score", "config or schedule", "mask", "mass", "saliency"])
 def test_ranks_that_disagree_are_refused_on_every_rank(what, results):
+    part = {"mass": "mask", "saliency": "config or schedule"}.get(what, what)
     for result in results:
         assert result["disagreements"][what].startswith(
-            f"RuntimeError: MaskedDistiller: ranks 0 and 1 have another {what};"
+            f"RuntimeError: MaskedDistiller: ranks 0 and 1 have another {part};"
         )
 
 
