@@ -33,13 +33,23 @@ QUALITY = Path(__file__).resolve().parent / "results" / "cpu" / "quality.json"
 """{"verdicts": {name of a setting: true or false}}: whether its quality on digits holds (quality/tables.py)."""
 
 
+PLACES: Mapping[str, Mapping[str, Any]] = {
+    "the decoder": {"region": "decoder", "norms": False},
+    "the decoder with norms": {"region": "decoder"},
+    "both networks": {},
+    "the generator": {},
+}
+"""Where active weights lie -> settings of the mask; with the last one every weight of the fake score trains."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """One way to distil.
 
     Attributes:
         preset: Of ``DistillConfig``.
-        mask: "dense", "random" or "saliency": of both networks, in the decoder. "random with norms" may train norms.
+        mask: "dense", "random" or "saliency".
+        where: A key of ``PLACES``; a dense run trains every weight of both networks.
         switches: Switches that are on beyond the preset's.
         dtype: Of the networks; losses, masters and optimizer state are float32.
         compiled: Whether the networks are.
@@ -47,6 +57,7 @@ class Setting:
 
     preset: str
     mask: str
+    where: str = "the decoder"
     switches: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     compiled: bool = False
@@ -54,9 +65,8 @@ class Setting:
     @property
     def name(self) -> str:
         """What the table of quality calls it: all that has a say in what is learned, but for the batch."""
-        kind, _, norms = self.mask.partition(" ")
-        where = "dense" if kind == "dense" else f"{kind} rows {DENSITY:g} of the decoder{norms and ' ' + norms}"
-        return ", ".join([self.preset, *self.switches, where])
+        trained = "dense" if self.mask == "dense" else f"{self.mask} rows {DENSITY:g} of {self.where}"
+        return ", ".join([self.preset, *self.switches, trained])
 
     @property
     def whole(self) -> str:
@@ -80,10 +90,12 @@ class Setting:
 
 PUBLISHED = Setting("published", "dense")
 EXACT = Setting("exact", "random")
-REUSED = Setting("exact", "random", ("reuse_generator_forward",))
+REUSED = Setting("exact", "random", switches=("reuse_generator_forward",))
+EXACT_BOTH = Setting("exact", "random", "both networks")
+EXACT_GENERATOR = Setting("exact", "random", "the generator")
 FAST = Setting("fast", "random")
 EXACT_DENSE, FAST_DENSE = Setting("exact", "dense"), Setting("fast", "dense")
-EXACT_NORMS = Setting("exact", "random with norms")
+EXACT_NORMS = Setting("exact", "random", "the decoder with norms")
 EXACT_SALIENCY = Setting("exact", "saliency")
 
 
@@ -99,26 +111,20 @@ def batch_size() -> int:
     return sized(128 if here().device.type == "cuda" else 4, 2)
 
 
-def mask_config(kind: str) -> MaskConfig:
-    """Rows of the decoder, by chance or by the published saliency of one small batch."""
-    kind, _, norms = kind.partition(" ")
-    return MaskConfig(
+def make_mask(network: nn.Module, kind: str, where: str) -> BlockMask:
+    """What a distiller chooses for its generator: rows, by chance or by the published saliency of one small batch."""
+    if kind == "dense":
+        return BlockMask.dense(network)
+    own = MaskConfig(
         kind=kind,  # type: ignore[arg-type]
         density=DENSITY,
         block="row",
         scope="layer",
-        region="decoder",
-        norms=bool(norms),
         batches=1,
         batch_size=4,
+        **PLACES[where],
     )
-
-
-def make_mask(network: nn.Module, kind: str) -> BlockMask:
-    """What a distiller with that setting chooses for its generator."""
-    if kind == "dense":
-        return BlockMask.dense(network)
-    config = dataclasses.replace(Setting("exact", kind).config(1), mask=mask_config(kind))
+    config = dataclasses.replace(Setting("exact", kind).config(1), mask=own)
     return MaskedDistiller(copy.deepcopy(network), NoiseSchedule.linear(), config).build_mask()
 
 
@@ -126,7 +132,7 @@ class Masks:
     """Masks of one network, each made once."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.network, self._made = network, dict[str, BlockMask]()
+        self.network, self._made = network, dict[tuple[str, str], BlockMask]()
 
     def without_dropout(self) -> Masks:
         """The same masks, of a copy that draws nothing."""
@@ -138,10 +144,16 @@ class Masks:
         copied._made = self._made
         return copied
 
-    def __getitem__(self, kind: str) -> BlockMask:
-        if kind not in self._made:
-            self._made[kind] = make_mask(self.network, kind)
-        return self._made[kind]
+    def __getitem__(self, setting: Setting) -> BlockMask:
+        """The generator's."""
+        key = (setting.mask, setting.where)
+        if key not in self._made:
+            self._made[key] = make_mask(self.network, *key)
+        return self._made[key]
+
+    def of_fake_score(self, setting: Setting) -> BlockMask:
+        """The fake score's: the same rows, or everything."""
+        return self[PUBLISHED if setting.where == "the generator" else setting]
 
 
 def make(setting: Setting, masks: Masks, **config: Any) -> MaskedDistiller:
@@ -149,7 +161,7 @@ def make(setting: Setting, masks: Masks, **config: Any) -> MaskedDistiller:
     network = masks.network if setting.dtype == torch.float32 else copy.deepcopy(masks.network).to(setting.dtype)
     settings = setting.config(**{"batch_size": batch_size(), **config})
     distiller = MaskedDistiller(network, NoiseSchedule.linear(), settings)
-    distiller.use_mask(masks[setting.mask], masks[setting.mask])
+    distiller.use_mask(masks[setting], masks.of_fake_score(setting))
     if setting.compiled:
         distiller.compile(**sized({}, {"backend": "eager", "disable": True}))
     return distiller

@@ -35,10 +35,21 @@ def masks(distillers):
 
 @pytest.mark.parametrize("kind", ["random", "saliency"])
 def test_active_are_rows_of_the_decoder_and_no_norms(distillers, masks, kind):
-    mask = masks[kind]
-    assert masks[kind] is mask and 0.08 < mask.density <= 0.1  # a share of all weights of the model
+    setting = distillers.Setting("exact", kind)
+    mask = masks[setting]
+    assert masks[setting] is mask is masks.of_fake_score(setting)
+    assert 0.08 < mask.density <= 0.1  # a share of all weights of the model
     active = [name for name, parameter in mask.parameters.items() if parameter.numel]
     assert active and all(name.startswith(("up.", "norm_out.", "conv_out.")) and "norm" not in name for name in active)
+
+
+def test_places_of_masks(distillers, masks):
+    norms = masks[distillers.EXACT_NORMS]
+    assert any("norm" in name for name, parameter in norms.parameters.items() if parameter.numel)
+    anywhere = masks[distillers.EXACT_BOTH]
+    assert any(name.startswith("down.") for name, parameter in anywhere.parameters.items() if parameter.numel)
+    whole = masks.of_fake_score(distillers.EXACT_GENERATOR)
+    assert masks[distillers.EXACT_GENERATOR] == anywhere and whole.density == 1.0
 
 
 def test_masked_gradients_are_checked_against_dense_ones(distillers, masks, monkeypatch):

@@ -44,7 +44,7 @@ def bench_distill_step(benchmark, machine, limits, masks):
             if setting not in steps:
                 steps[setting], held[setting] = machine.footprint(lambda setting=setting: step_of(setting))
         seconds = race({setting: steps[setting] for setting in (ours, theirs)}, rounds=15, clock="wall")
-        density = masks[ours.mask].density
+        density = masks[ours].density
         record(distillers.speed_row(ours, theirs, density, seconds, flops, limits.matmul, target))
         joules = [machine.joules(steps[setting], seconds[setting]) for setting in (ours, theirs)]
         record(Figure(f"distill: {ours.whole}", theirs.whole, density, *joules, "J a step"))

@@ -13,6 +13,8 @@ from pecker_fast.demo import DemoConfig
 LR = 5e-4
 """Learning rate of both networks before an arm's factor and its mask's scale."""
 REFERENCE = "dense"
+"""What the masks of "density" are compared with."""
+PUBLISHED = "published"
 """The arm whose learning rate all arms of "switches" take, so that nothing but the switch differs."""
 EMA = 0.95
 """Of the generator: these runs are too short for more."""
@@ -26,6 +28,8 @@ TUNED_ON, TUNING_SEED = (0,), 100
 DENSITIES = (0.5, 0.25, 0.1, 0.05)
 SALIENCIES = (("noise_prediction", "global"), ("noise_prediction", "layer"), ("distillation", "layer"))
 """Whose gradients, and ranked over what; the first is the published one."""
+WARMUP = 30
+"""Steps of learning-rate warm-up that are tried with concentrated masks; all other arms have 10."""
 FACTORS = (1.0, 2.0, 4.0)
 """Learning rates that are tried for each arm, times ``LR`` and the mask's scale: the same budget for all."""
 
@@ -48,7 +52,7 @@ class Arm:
     def tuned_as(self) -> str:
         """The arm whose learning rate it takes: whatever the preset and the switches, so that nothing else differs."""
         if self.settings.get("mask", DENSE).kind == "dense":
-            return REFERENCE
+            return REFERENCE if self.name == REFERENCE else PUBLISHED
         return self.name.replace("fast, ", "exact, ")
 
     def config(self, forget: tuple[int, ...], seed: int) -> DistillConfig:
@@ -83,20 +87,24 @@ def salient_rows(density: float, saliency: str, **changes: Any) -> MaskConfig:
 
 
 def _switches() -> Iterator[Arm]:
-    yield Arm("published", {"preset": "published"})
+    yield Arm(PUBLISHED, {"preset": "published"})
     yield Arm("exact", {})
     yield Arm("exact, generator forward reused", {"reuse_generator_forward": True})
     yield Arm("exact, a quarter forgotten", {"forget_batch_size": BATCH // 4})
+    yield Arm("exact, an eighth forgotten", {"forget_batch_size": BATCH // 8})
     yield Arm("exact, stop-gradient", {"stop_gradient": True})
     yield Arm("fast", {"preset": "fast"})
 
 
 def _masked() -> Iterator[Arm]:
-    """The speed table's masks: a tenth of the weights, in the decoder of both networks."""
+    """The speed table's masks: a tenth of the weights, in the decoder of both networks, or anywhere."""
     for preset in ("exact", "fast"):
         for mask in (random_rows(0.1), salient_rows(0.1, "noise_prediction", scope="layer")):
             both = {"preset": preset, "mask": replace(mask, region="decoder", norms=False), "fake_score_mask": "same"}
             yield Arm(f"{preset}, {mask.kind} rows 0.1 of the decoder", both)
+    for own, where in ((None, "the generator"), ("same", "both networks")):
+        settings = {"mask": random_rows(0.1), "fake_score_mask": own}
+        yield Arm(f"exact, random rows 0.1 of {where}", settings)
 
 
 def _densities() -> Iterator[Arm]:
@@ -105,8 +113,11 @@ def _densities() -> Iterator[Arm]:
     for density in DENSITIES:
         yield Arm(f"random {density:g}", {**quarter, "mask": random_rows(density)})
         for saliency, scope in SALIENCIES:
-            name = f"{saliency}{', by layer' if scope == 'layer' else ''} {density:g}"
-            yield Arm(name, {**quarter, "mask": salient_rows(density, saliency, scope=scope)})
+            name = f"{saliency}{', by layer' if scope == 'layer' else ''}"
+            mask = salient_rows(density, saliency, scope=scope)
+            yield Arm(f"{name} {density:g}", {**quarter, "mask": mask})
+            if name == "noise_prediction, by layer" and density <= 0.1:
+                yield Arm(f"{name}, warm-up {WARMUP} {density:g}", {**quarter, "mask": mask, "warmup_steps": WARMUP})
 
 
 STUDIES: Mapping[str, tuple[Arm, ...]] = {

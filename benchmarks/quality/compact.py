@@ -1,6 +1,7 @@
-"""Keep of the runs what tables and figures need, in one committed file.
+r"""Keep of the runs what tables and figures need, in one committed file.
 
-python benchmarks/quality/compact.py build/quality/*.jsonl --seconds build/quality/seconds.json
+python benchmarks/quality/compact.py build/quality/*.jsonl --seconds build/quality/seconds.json \
+    --erasures build/quality/erasures.json
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from run import read
+from tables import verdicts
 
 OUT = Path(__file__).resolve().parents[1] / "results" / "cpu" / "quality.json"
 _KEPT = ("arm", "factor", "forget", "seed", "density", "mass", "fake_score_density", "generator_lr", "fake_score_lr")
+KEY = ("arm", "factor", "forget", "seed")
+"""What tells runs apart; files of several parts may share some."""
 _JUDGED = ("unlearning_accuracy", "retain_accuracy", "frechet_distance")
 
 
@@ -38,13 +42,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--seconds", type=Path, required=True, help="what seconds.py measured")
+    parser.add_argument("--erasures", type=Path, required=True, help="what erasures.py measured")
     options = parser.parse_args()
-    studies: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(options.runs):
-        studies.setdefault(path.stem.rstrip("0123456789"), []).extend(map(compact, read(path)))
-    lines = {name: "[\n" + ",\n".join(map(json.dumps, runs)) + "\n]" for name, runs in studies.items()}
-    parts = [f'"machine": {json.dumps(json.loads(options.seconds.read_text()))}']
-    parts += [f"{json.dumps(name)}: {text}" for name, text in lines.items()]
+        study = found.setdefault(path.stem.rstrip("0123456789"), {})
+        for line in map(compact, read(path)):
+            study.setdefault(json.dumps([line[name] for name in KEY]), line)
+    studies = {name: list(lines.values()) for name, lines in found.items()}
+    facts = {"machine": json.loads(options.seconds.read_text()), "erasures": json.loads(options.erasures.read_text())}
+    facts = {"verdicts": verdicts(facts | studies), **facts}
+    parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
+    parts += [f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, runs)) + "\n]" for name, runs in studies.items()]
     OUT.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
 
 

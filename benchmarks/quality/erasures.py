@@ -138,12 +138,12 @@ def race(bench: Bench) -> list[dict[str, Any]]:
 
 def stack(bench: Bench) -> list[dict[str, Any]]:
     """Three requests one after the other, and what the judge says of every subset of their deltas."""
-    generator, masks, deltas = bench.generator, list[BlockMask](), list[Delta]()
+    generator, masks, deltas, met = bench.generator, list[BlockMask](), list[Delta](), list[bool]()
     for number, label in enumerate(STACKED):
         config = request((*STACKED[:number], label), seed=0)
         distiller = MaskedDistiller(bench.teacher, SCHEDULE, config, generator=generator, fake_score=bench.fake_score)
         farthest = FARTHER * bench.distance(bench.generator, config.forget)["frechet_distance"]
-        to_target(distiller, bench, "request", farthest, exclude=masks)
+        met.append(to_target(distiller, bench, "request", farthest, exclude=masks)["met"])
         with distiller.averaged() as averaged:
             delta = Delta.extract(distiller.base, averaged, distiller.mask, name=f"forget {label}", progress=False)
         masks.append(distiller.mask)
@@ -153,10 +153,9 @@ def stack(bench: Bench) -> list[dict[str, Any]]:
     for count in range(len(STACKED) + 1):
         for subset in itertools.combinations(range(len(STACKED)), count):
             forms = [applied(bench.generator, [deltas[i] for i in order]) for order in itertools.permutations(subset)]
-            same = all(_equal(forms[0], form) for form in forms)
-            lines.append(
-                {"deltas": [STACKED[i] for i in subset], "same_in_any_order": same, **accuracies(bench, forms[0])}
-            )
+            alike = all(_equal(forms[0], form) for form in forms)
+            line = {"deltas": [STACKED[i] for i in subset], "met": [met[i] for i in subset], "same_in_any_order": alike}
+            lines.append(line | accuracies(bench, forms[0]))
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from statistics_of_runs import Interval, paired, target_steps
-from tables import DENSE, PUBLISHED, distance, speed_of
+from tables import DENSE, PUBLISHED, distance, equal_steps
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -35,7 +35,7 @@ def draw_switches(results: dict[str, Any], path: Path) -> None:
     for row, arm in enumerate(reversed(arms)):
         pairs = paired(runs, arm, PUBLISHED)
         _bar(axes, row + 0.13, distance(pairs), "#0072B2", "o", "equal steps" if row == 0 else None)
-        faster = distance(pairs, speed_of(results, arm))
+        faster = distance(pairs, equal_steps(results, arm))
         _bar(axes, row - 0.13, faster, "#D55E00", "D", "equal seconds" if row == 0 else None)
     axes.axvline(1, color="#444444", linewidth=1)
     axes.set(yticks=range(len(arms)), yticklabels=list(reversed(arms)), xscale="log")

@@ -47,7 +47,7 @@ class Job:
 def jobs(study: str, tuning: Path | None) -> list[Job]:
     """All runs of a study, seed by seed, so that a study that is cut short is even."""
     if study == "tuning":
-        tried = [arm for name in ("masked", "density") for arm in STUDIES[name] if arm.tuned_as == arm.name]
+        tried = [arm for name in ("switches", "masked", "density") for arm in STUDIES[name] if arm.tuned_as == arm.name]
         arms = [arm.tuned(factor) for arm in tried for factor in FACTORS]
         return [Job(arm, TUNED_ON, TUNING_SEED, STEPS) for arm in arms]
     if tuning is None:

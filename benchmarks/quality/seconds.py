@@ -1,4 +1,4 @@
-"""Seconds of a step of every arm, all in turn on a quiet machine, so that runs can be compared at equal seconds.
+"""Seconds of a step of every arm, all in turn on a quiet machine, and of its masks: for runs at equal seconds.
 
 python benchmarks/quality/seconds.py --out build/quality/seconds.json
 """
@@ -29,9 +29,12 @@ def main() -> None:
     options = parser.parse_args()
     teacher = load_teacher(progress=True)
     arms = [arm for study in STUDIES.values() for arm in study]
-    distillers = {}
+    distillers, masks = {}, {}
     for arm in tqdm(arms, desc="masks", unit="arm"):
         distillers[arm.name] = MaskedDistiller(teacher, SCHEDULE, arm.config((0,), 0))
+        started = time.perf_counter()
+        distillers[arm.name].build_mask()
+        masks[arm.name] = time.perf_counter() - started
         distillers[arm.name].step()
     times: dict[str, list[float]] = {name: [] for name in distillers}
     for _ in tqdm(range(ROUNDS), desc="rounds", unit="round"):
@@ -42,6 +45,7 @@ def main() -> None:
             times[name].append((time.perf_counter() - started) / STEPS)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     facts = {"versions": versions(), "threads": torch.get_num_threads(), "seconds_of_a_step": medians}
+    facts["seconds_of_the_masks"] = masks
     options.out.write_text(json.dumps(facts, indent=1))
 
 

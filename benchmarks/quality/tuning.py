@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ def best_factors(lines: Sequence[dict[str, Any]], reference: str = "dense", slac
 
 
 def _best(lines: Sequence[dict[str, Any]], limit: float) -> dict[str, Any]:
-    quick = [line for line in lines if steps_to_target(line["curve"]) <= limit]
+    steps = [steps_to_target(line["curve"]) for line in lines]
+    quick = [line for line, needed in zip(lines, steps, strict=True) if needed <= limit and math.isfinite(needed)]
     if quick:
         return min(quick, key=lambda line: line["final"]["frechet_distance"])
     return min(lines, key=lambda line: (steps_to_target(line["curve"]), line["final"]["frechet_distance"]))
