@@ -47,21 +47,23 @@ def select_ranked(
 ) -> dict[str, ParameterMask]:
     """The longest prefix of all blocks in descending order of ``means`` (one value a block) within ``budget``.
 
-    With ``fill`` blocks that are too dear for what is left are passed over instead of ending the prefix.
+    With ``fill`` blocks that are too dear for what is left are passed over instead of ending the prefix. At least one
+    block is selected: where the budget has none, the first in that order alone, which is then beyond the budget.
     """
     prices = torch.cat([terms.block_prices(name) for name in grids])
     order = torch.cat([terms.worth(name, means[name]) for name in grids]).argsort(descending=True, stable=True)
     barred = torch.cat([terms.barred(name) for name in grids])
     order = order[~barred[order]]
     chosen = torch.zeros(len(prices), dtype=torch.bool)
-    chosen[order[:1]] = True  # at least one block, whatever the budget
-    left = budget
+    first, left = order[:1], budget
     while len(order) and int(prices[order].min()) <= left:
         fits = prices[order].cumsum(0) <= left
         chosen[order[fits]] = True
         left -= int(prices[order[fits]].sum())
         order = order[~fits]
         order = order[prices[order] <= left] if fill else order[:0]
+    if not chosen.any():
+        chosen[first] = True
     pieces = chosen.split([grid.num_blocks for grid in grids.values()])
     return {
         name: ParameterMask(grid, piece.nonzero().flatten())
@@ -70,7 +72,7 @@ def select_ranked(
 
 
 def select_random(terms: Terms, density: float, seed: int) -> dict[str, ParameterMask]:
-    """Blocks of the whole network in random order, as many as fit within the budget."""
+    """Blocks of the whole network in random order, as many as fit within the budget, at least one."""
     blocks = [grid.num_blocks for grid in terms.grids.values()]
     order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(seed))
     ranks = dict(zip(terms.grids, order.split(blocks), strict=True))

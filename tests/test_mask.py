@@ -232,6 +232,34 @@ def test_at_least_one_block_is_active():
     assert BlockMask.from_saliency({"weight": torch.rand(2, 100)}, 1e-6, "row").numel == 100
 
 
+WIDE_AND_NARROW = nn.Sequential(nn.Linear(64, 64), nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("density", [0.002, 0.005, 0.05, 0.5])
+def test_a_random_mask_keeps_within_its_budget_whatever_comes_first(density):
+    """Blocks of 4096, 64, 64 and 8 weights: the largest never fits, and comes first for some of the seeds."""
+    for seed in range(24):
+        mask = BlockMask.random(WIDE_AND_NARROW, density, (64, 64), seed)
+        budget = round(density * mask.total)
+        left_out = [int(n) for p in mask.parameters.values() for n in p.grid.block_numel()[~p.flags()]]
+        assert 0 < mask.numel <= budget and min(left_out) > budget - mask.numel, seed
+
+
+@pytest.mark.parametrize("density", [1e-6, 0.001])
+def test_where_nothing_fits_a_random_mask_is_the_first_block_alone(density):
+    for seed in range(8):
+        mask = BlockMask.random(WIDE_AND_NARROW, density, (64, 64), seed)
+        order = torch.randperm(4, generator=torch.Generator().manual_seed(seed))
+        active = torch.cat([parameter.flags() for parameter in mask.parameters.values()])
+        assert active.nonzero().flatten().tolist() == [int(order.argmax())]
+
+
+def test_a_first_block_that_is_too_dear_is_alone_in_a_ranking_too():
+    saliency = {"a.weight": torch.full((64, 64), 2.0), "b.weight": torch.ones(8, 8)}
+    mask = BlockMask.from_saliency(saliency, 0.05, (64, 64))
+    assert [parameter.numel for parameter in mask.parameters.values()] == [4096, 0]
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
