@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from pecker_fast.mask_config import MaskConfig
-from pecker_fast.settings import known_keys, one_of, positive_int
+from pecker_fast.settings import check_numbers, is_number, known_keys, one_of, to_tuple
 
 Preset = Literal["published", "exact", "fast"]
 
@@ -26,6 +25,17 @@ SWITCHES: Mapping[str, Mapping[Preset, bool]] = MappingProxyType(
 """Switch of ``DistillConfig`` -> what each preset sets it to; docs/design.md has what they save and what they cost."""
 FAST_FORGET_SHARE = 4
 """Preset "fast" draws one forgotten sample for so many retained ones."""
+_NUMBERS = {
+    **dict.fromkeys(("num_classes", "batch_size"), "a positive integer"),
+    "forget_batch_size": "a positive integer or None",
+    **dict.fromkeys(("generator_lr", "fake_score_lr"), "a positive number"),
+    "clip_value": "a positive number or None",
+    **dict.fromkeys(("eps", "weight_decay", "retain_weight", "forget_weight"), "a number >= 0"),
+    **dict.fromkeys(("warmup_steps", "t_init", "t_min", "t_max"), "an integer >= 0"),
+    "ema_decay": "a number in [0, 1)",
+    "sid_alpha": "a finite number",
+    "seed": "an integer from 0 to 2**63 - 1",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,25 +118,21 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         for name in ("forget", "override", "sample_shape", "betas"):  # lists are welcome, and JSON has nothing else
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
+            if name != "override" or self.override is not None:
+                object.__setattr__(self, name, to_tuple(f"DistillConfig.{name}", getattr(self, name)))
         if isinstance(self.mask, Mapping):
             object.__setattr__(self, "mask", MaskConfig.from_dict(self.mask))
         if isinstance(self.fake_score_mask, Mapping):
             object.__setattr__(self, "fake_score_mask", MaskConfig.from_dict(self.fake_score_mask))
+        if not isinstance(self.mask, MaskConfig):
+            raise ValueError(f"DistillConfig.mask: expected a MaskConfig, got {self.mask!r}")
         if not isinstance(self.fake_score_mask, MaskConfig | None) and self.fake_score_mask != "same":
             raise ValueError(
                 f'DistillConfig.fake_score_mask: expected a MaskConfig, "same" or None, got {self.fake_score_mask!r}'
             )
-        self._resolve_preset()
-        for name in ("num_classes", "batch_size"):
-            positive_int(f"DistillConfig.{name}", getattr(self, name))
-        if self.forget_batch_size is not None:
-            positive_int("DistillConfig.forget_batch_size", self.forget_batch_size)
-        if len(self.sample_shape) != 3 or min(self.sample_shape) < 1:
-            raise ValueError(f"DistillConfig.sample_shape: expected (channels, height, width), got {self.sample_shape}")
-        self._check_classes()
         self._check_numbers()
+        self._resolve_preset()
+        self._check_classes()
 
     def _resolve_preset(self) -> None:
         """Afterwards no switch is None: what is in a config is what runs."""
@@ -150,7 +156,7 @@ class DistillConfig:
             )
         for name in ("forget", "override"):
             for label in getattr(self, name) or ():
-                if not isinstance(label, int) or not 0 <= label < self.num_classes:
+                if not is_number(label, "an integer") or not 0 <= label < self.num_classes:
                     raise ValueError(
                         f"DistillConfig.{name}: unknown class {label!r}; "
                         f"the model has classes 0 to {self.num_classes - 1}"
@@ -169,22 +175,13 @@ class DistillConfig:
                 )
 
     def _check_numbers(self) -> None:
-        if not 0 <= self.t_min < self.t_max:
-            raise ValueError(f"DistillConfig: expected 0 <= t_min < t_max, got t_min={self.t_min}, t_max={self.t_max}")
-        if self.t_init < 0:
-            raise ValueError(f"DistillConfig.t_init: expected a timestep, got {self.t_init}")
-        if not all(0 <= beta < 1 for beta in self.betas) or len(self.betas) != 2:
+        check_numbers(self, _NUMBERS)
+        if len(self.sample_shape) != 3 or not all(is_number(size, "a positive integer") for size in self.sample_shape):
+            raise ValueError(f"DistillConfig.sample_shape: expected (channels, height, width), got {self.sample_shape}")
+        if len(self.betas) != 2 or not all(is_number(beta, "a number in [0, 1)") for beta in self.betas):
             raise ValueError(f"DistillConfig.betas: expected two numbers in [0, 1), got {self.betas}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"DistillConfig.ema_decay: expected a number in [0, 1), got {self.ema_decay}")
-        for name in ("generator_lr", "fake_score_lr", "clip_value"):
-            value = getattr(self, name)
-            if not (value is None and name == "clip_value") and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"DistillConfig.{name}: expected a positive number, got {value}")
-        for name in ("retain_weight", "forget_weight", "weight_decay", "eps", "warmup_steps"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"DistillConfig.{name}: expected a number >= 0, got {value}")
+        if not self.t_min < self.t_max:
+            raise ValueError(f"DistillConfig: expected 0 <= t_min < t_max, got t_min={self.t_min}, t_max={self.t_max}")
 
     @property
     def mask_of_fake_score(self) -> MaskConfig:

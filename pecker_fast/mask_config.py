@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from pecker_fast.blocks import Block, check_block
 from pecker_fast.regions import Region, check_region
-from pecker_fast.settings import check_density, known_keys, one_of, positive_int
+from pecker_fast.settings import check_density, check_numbers, known_keys, one_of
 
 MaskKind = Literal["saliency", "random", "dense"]
 Scope = Literal["global", "layer"]
@@ -19,6 +18,13 @@ Rank = Literal["weight", "flop"]
 AccumulateKind = Literal["signed_sum", "abs", "square"]
 LrScale = Literal["none", "density", "mass"]
 SaliencyLoss = Literal["noise_prediction", "distillation", "forget_specific"]
+
+_NUMBERS = {
+    "saliency_warmup": "an integer >= 0",
+    "batches": "a positive integer",
+    "batch_size": "a positive integer or None",
+    "lr_scale_max": "a positive number or None",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,8 @@ class MaskConfig:
         one_of("MaskConfig.accumulate", self.accumulate, get_args(AccumulateKind))
         one_of("MaskConfig.lr_scale", self.lr_scale, get_args(LrScale))
         one_of("MaskConfig.saliency", self.saliency, get_args(SaliencyLoss))
-        check_density(self.density)
+        check_density(self.density, "MaskConfig.density")
+        check_numbers(self, _NUMBERS)
         for name in ("block", "region"):
             if isinstance(value := getattr(self, name), list):  # JSON has no tuples
                 object.__setattr__(self, name, tuple(value))
@@ -85,17 +92,6 @@ class MaskConfig:
                 f"{self.norms!r} with kind {self.kind!r}"
             )
         check_block(self.block)
-        positive_int("MaskConfig.batches", self.batches)
-        if self.batch_size is not None:
-            positive_int("MaskConfig.batch_size", self.batch_size)
-        if (
-            not isinstance(self.saliency_warmup, int)
-            or isinstance(self.saliency_warmup, bool)
-            or self.saliency_warmup < 0
-        ):
-            raise ValueError(f"MaskConfig.saliency_warmup: expected an integer >= 0, got {self.saliency_warmup!r}")
-        if self.lr_scale_max is not None and not (self.lr_scale_max > 0 and math.isfinite(self.lr_scale_max)):
-            raise ValueError(f"MaskConfig.lr_scale_max: expected a positive number or None, got {self.lr_scale_max!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""

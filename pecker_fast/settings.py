@@ -3,26 +3,60 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+_OR_NONE = " or None"
+_KINDS: Mapping[str, tuple[type, Callable[[Any], bool]]] = MappingProxyType(
+    {
+        "an integer": (int, lambda value: True),
+        "an integer >= 0": (int, lambda value: value >= 0),
+        "a positive integer": (int, lambda value: value > 0),
+        "an integer from 0 to 2**63 - 1": (int, lambda value: 0 <= value < 2**63),
+        "a finite number": (float, lambda value: -math.inf < value < math.inf),
+        "a number >= 0": (float, lambda value: 0 <= value < math.inf),
+        "a positive number": (float, lambda value: 0 < value < math.inf),
+        "a number in [0, 1)": (float, lambda value: 0 <= value < 1),
+        "a number in (0, 1]": (float, lambda value: 0 < value <= 1),
+    }
+)
 
-def check_density(density: float) -> None:
+
+def is_number(value: object, kind: str) -> bool:
+    """Whether a value is of a kind that has a name here, as "a number >= 0"; True and False are no numbers."""
+    cls, fits = _KINDS[kind]
+    return isinstance(value, int | cls) and not isinstance(value, bool) and fits(value)
+
+
+def check_numbers(settings: object, kinds: Mapping[str, str]) -> None:
+    """Refuse a dataclass with fields that are not of their kinds, which may end in "or None"."""
+    for name, kind in kinds.items():
+        value = getattr(settings, name)
+        left_out = value is None and kind.endswith(_OR_NONE)
+        if not left_out and not is_number(value, kind.removesuffix(_OR_NONE)):
+            raise ValueError(f"{type(settings).__name__}.{name}: expected {kind}, got {value!r}")
+
+
+def check_density(density: float, name: str = "density") -> None:
     """Refuse a density outside (0, 1]."""
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-        raise ValueError(f"density: expected the share of weights that train, in (0, 1], got {density!r}")
+    if not is_number(density, "a number in (0, 1]"):
+        raise ValueError(f"{name}: expected the share of weights that train, in (0, 1], got {density!r}")
+
+
+def to_tuple(name: str, value: Any) -> tuple[Any, ...]:
+    """A list or any other iterable as a tuple."""
+    try:
+        return tuple(value)
+    except TypeError as error:
+        raise ValueError(f"{name}: expected a list or tuple, got {value!r}") from error
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Refuse a word that is not among those allowed."""
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-
-def positive_int(name: str, value: object) -> None:
-    """Refuse anything but an integer from 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def known_keys(cls: type, values: Mapping[str, Any]) -> None:
