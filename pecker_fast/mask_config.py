@@ -31,25 +31,36 @@ _NUMBERS = {
 class MaskConfig:
     """Which weights of the generator train.
 
+    What has no say is ignored, so that one config serves every ``kind``: a dense run and a random control differ from
+    the saliency run in that field alone (and "dense" wants ``norms`` True).
+
     Attributes:
-        kind: "saliency" (PECKER), "random" (the control: same density, no information) or "dense" (every weight).
+        kind: "saliency" (PECKER; everything below has a say), "random" (the control: same density, no information;
+            what ranks or looks has no say: ``scope``, ``rank``, ``accumulate``, ``batches``, ``batch_size``,
+            ``saliency``, ``saliency_warmup``) or "dense" (every weight of ``region``; but for that only ``lr_scale``
+            and ``lr_scale_max`` have a say). With a mask that is given to ``MaskedDistiller.use_mask`` those two alone
+            do.
         density: Share of all weights that train, in (0, 1].
         block: (out, in), "row", "element" or "auto"; see ``BlockMask``.
-        scope: Rank blocks over the whole network ("global") or within each layer ("layer").
+        scope: Rank blocks over the whole network ("global") or within each layer ("layer"). Random blocks are of the
+            whole network.
         region: Where active weights may lie: "all", "encoder", "middle", "decoder", or prefixes of their names. With
             "decoder" no graph is recorded, and nothing differentiated, below it. ``density`` stays a share of all.
         norms: Whether weights of norms may be active. One that is needs the gradient of every channel it sees, those of
             a skip from frozen layers too, which are left out otherwise. Not with kind "dense".
         budget: What ``density`` is a share of: "parameters", or "flops" of the weight gradients.
-        rank: By saliency per "weight", or per "flop" of a weight's gradient.
+        rank: By saliency per "weight", or per "flop" of a weight's gradient. Nothing is ranked in a random mask.
         saliency: Whose gradient is looked at: "noise_prediction" (published: the noise-prediction loss on the classes
             to forget), "distillation" (the generator's own loss, on retained and forgotten classes), or
-            "forget_specific" (its part on forgotten classes, relative to its part on retained ones).
+            "forget_specific" (its part on forgotten classes, relative to its part on retained ones). For the fake
+            score's own mask it has no say, as ``saliency_warmup`` and ``batch_size`` have none: that one is by the fake
+            score's own loss, on batches as it trains on.
         saliency_warmup: Updates of a copy of the fake score before the last two: until it has left the true score, the
-            generator's loss on retained classes has no gradient at all.
+            generator's loss on retained classes has no gradient at all. Not needed for "noise_prediction".
         accumulate: How gradients add up to saliency: "signed_sum" (SalUn), "abs" or "square".
         batches: Batches of the saliency pass, when it draws its own samples. Too few make a noisy mask.
-        batch_size: Samples in each of them; None takes the distiller's ``forget_batch_size``.
+        batch_size: Samples in each of them, with saliency "noise_prediction"; None takes the distiller's
+            ``forget_batch_size``. The other two look at batches as the distiller trains on, and want None.
         lr_scale: What multiplies the generator's learning rate, because fewer moving weights need larger steps to move
             the function as far: "none" 1, "density" 1 / density, "mass" 1 / sqrt(mass * density), mass being the
             share of the summed gradient magnitude that falls on active weights. For a random mask the last two agree.
@@ -92,6 +103,11 @@ class MaskConfig:
                 f"{self.norms!r} with kind {self.kind!r}"
             )
         check_block(self.block)
+        if self.batch_size is not None and self.saliency != "noise_prediction":
+            raise ValueError(
+                f"MaskConfig.batch_size: expected None with saliency {self.saliency!r}, which looks at batches as the "
+                f"distiller trains on, got {self.batch_size}; set DistillConfig.batch_size and forget_batch_size"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""

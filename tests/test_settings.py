@@ -1,10 +1,13 @@
 """Settings that make no sense: refused where they are made, by name, with what was expected."""
 
+import dataclasses
 import re
 
 import pytest
+import torch
+from test_distiller import SCHEDULE, unet
 
-from pecker_fast import DistillConfig, MaskConfig
+from pecker_fast import DistillConfig, MaskConfig, MaskedDistiller
 
 NAN, INF = float("nan"), float("inf")
 NO_INTEGERS = (2.5, 2.0, "2", True, NAN, (2,))
@@ -76,3 +79,57 @@ def test_the_edges_of_every_range_are_within():
     high = config(seed=2**63 - 1, ema_decay=0.9999, sid_alpha=10**6, clip_value=None, betas=(0, 0.5), t_max=39)
     assert low.seed == 0 and high.t_max == high.t_min + 1
     assert MaskConfig(density=1, batches=1, batch_size=1, saliency_warmup=0, lr_scale_max=1e-9).density == 1
+
+
+# -- what has a say --------------------------------------------------------------------------------
+
+OF_SALIENCY = {"accumulate": "abs", "batches": 1, "batch_size": 3, "saliency_warmup": 1}
+OF_RANKING = {"scope": "layer", "rank": "flop"}
+OF_BLOCKS = {"density": 0.2, "block": (4, 4), "budget": "flops"}
+USUAL = MaskConfig(density=0.3, block="row", batches=2)
+
+
+def chosen(**settings):
+    torch.manual_seed(0)
+    mask = dataclasses.replace(USUAL, **settings)
+    return MaskedDistiller(unet(dropout=0.0), SCHEDULE, config(mask=mask, batch_size=4)).build_mask()
+
+
+@pytest.mark.parametrize(
+    ("kind", "ignored"),
+    [
+        ("random", OF_RANKING | OF_SALIENCY),
+        ("random", {"saliency": "forget_specific"}),
+        ("dense", OF_BLOCKS | OF_RANKING | OF_SALIENCY),
+    ],
+)
+def test_a_config_serves_every_kind(kind, ignored):
+    """What is ignored is what the docstring of ``kind`` says, and has a say with saliency."""
+    assert chosen(kind=kind, **ignored) == chosen(kind=kind)
+    if "saliency" not in ignored:
+        assert all(chosen(**{name: value}) != chosen() for name, value in ignored.items() if name != "saliency_warmup")
+
+
+@pytest.mark.parametrize("name", [*OF_BLOCKS, "norms", "region"])
+def test_what_has_a_say_in_a_random_mask(name):
+    value = (OF_BLOCKS | {"norms": False, "region": "decoder"})[name]
+    assert chosen(kind="random", **{name: value}) != chosen(kind="random")
+
+
+def test_saliency_of_the_fake_score_is_of_its_own_loss():
+    def fake_score(**settings):
+        own = dataclasses.replace(USUAL, **settings)
+        made = MaskedDistiller(unet(dropout=0.0), SCHEDULE, config(mask=USUAL, fake_score_mask=own, batch_size=4))
+        made.build_mask()
+        return made.fake_score_mask
+
+    for ignored in ({"saliency": "forget_specific"}, {"saliency_warmup": 1}, {"batch_size": 3}):
+        assert fake_score(**ignored) == fake_score()
+    assert fake_score(batches=1) != fake_score()
+
+
+@pytest.mark.parametrize("saliency", ["distillation", "forget_specific"])
+def test_a_batch_size_that_has_no_say_is_refused(saliency):
+    with pytest.raises(ValueError, match=rf"MaskConfig.batch_size: expected None with saliency '{saliency}'.* got 8"):
+        MaskConfig(saliency=saliency, batch_size=8)
+    assert MaskConfig(batch_size=8).batch_size == 8
