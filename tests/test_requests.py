@@ -49,7 +49,7 @@ def distill(*more):
 
 def request(label, output, *more):
     source = ("--pretrained_model_name_or_path", "teacher", "--init", "distilled")
-    return main(["unlearn", *source, "--forget_class", str(label), "--output_dir", output, *SHORT, *MASK, *more])
+    return main(["unlearn", *source, "--forget_class", *str(label).split(), "--output_dir", output, *SHORT, *MASK, *more])
 
 
 def weights(folder):
@@ -269,6 +269,9 @@ def test_a_request_that_is_interrupted_goes_on(here):
         (5, "--earlier three --override_class 3", 2, "class 3 is forgotten by an earlier request"),
         (5, "--earlier three --override_class 6 7", 2, "or one for each of the 1 forgotten, got 2"),
         (5, "--earlier three --override_class 6 --mask dense", 2, "trains every weight, those of --earlier too"),
+        ("1 1", "--earlier three --override_class 2", 2, "class is named twice in (1, 1)"),
+        ("1 1", "--earlier three --override_class 2 4", 2, "class is named twice in (1, 1)"),
+        ("1 1", "--override_class 2 4", 2, "class is named twice in (1, 1)"),
         (5, "--t_init 440", 2, "the generator of distilled starts at 500; leave it out"),
     ],
 )
@@ -305,6 +308,13 @@ def test_earlier_needs_init(here, capsys):
     source = ("--pretrained_model_name_or_path", "teacher", "--forget_class", "5", "--output_dir", "out")
     assert main(["unlearn", *source, "--earlier", "three"]) == 2
     assert "give --init too" in _error(capsys, "unlearn")
+
+
+def test_a_record_with_a_class_twice_is_damaged(here, capsys):
+    record = here / "three" / "request.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"forget": [3, 3], "override": [8, 1]}))
+    assert request(5, "out", "--override_class", "6", "--earlier", "three") == 3
+    assert "three: its record of forgotten classes is damaged" in _error(capsys, "unlearn")
 
 
 def test_classes_that_would_take_each_others_place(here, capsys):

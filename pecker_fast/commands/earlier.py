@@ -56,8 +56,10 @@ def targets_of(forget: Sequence[int], override: Sequence[int] | None) -> dict[in
     """Class -> override, of which there is one for each or one for all.
 
     Raises:
-        ValueError: There is another number of them.
+        ValueError: There is another number of them, or a class is named twice.
     """
+    if len(set(forget)) != len(forget):
+        raise ValueError(f"--forget_class: a class is named twice in {tuple(forget)}")
     if override is None:
         return dict.fromkeys(forget)
     if len(override) not in (1, len(forget)):

@@ -98,7 +98,7 @@ class Request:
         An earlier class whose override is forgotten now takes what takes that one's place.
 
         Raises:
-            ValueError: A class is forgotten already, or overrides are given for some requests only.
+            ValueError: A class is named twice or forgotten already, or overrides are given for some requests only.
         """
         if not self.earlier:
             return self.forget, self.override
