@@ -46,18 +46,6 @@ class StepMetrics(Mapping[str, float]):
         """Whether reading would not wait."""
         return self._fetch is None or self._fetch.arrived()
 
-    def check_finite(self) -> None:
-        """Read everything.
-
-        Raises:
-            NonFiniteError: A loss is NaN or infinite.
-        """
-        for name, value in self._losses().items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"step {self.step}: {name} is {value}; lower the learning rates or raise warmup_steps"
-                )
-
     def _losses(self) -> dict[str, float]:
         if self._fetch is not None:
             self._read = dict(zip(self._names, self._fetch.numbers(), strict=True))
@@ -77,11 +65,25 @@ class StepMetrics(Mapping[str, float]):
         return repr(dict(self)) if self.arrived() else f"<step {self.step}, still computed>"
 
 
+def check_finite(metrics: Mapping[str, float]) -> None:
+    """Read all numbers of a step, and wait for them where they are still computed.
+
+    Raises:
+        NonFiniteError: One is NaN or infinite.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"step {metrics['step']}: {name} is {value}; lower the learning rates or raise warmup_steps"
+            )
+
+
 def checked(steps: Iterable[StepMetrics]) -> Iterator[StepMetrics]:
     """Pass on what each step measured, and stop at numbers that are not finite as soon as they are known.
 
     No step waits for that: those of a device that is still computing are looked at after a later step, or after the
-    last one.
+    last one. A loop that is left early, by ``break``, never comes to the last ones: who goes on with what was computed
+    calls ``check_finite`` on them.
 
     Raises:
         NonFiniteError: A loss is NaN or infinite.
@@ -90,10 +92,10 @@ def checked(steps: Iterable[StepMetrics]) -> Iterator[StepMetrics]:
     for metrics in steps:
         unread.append(metrics)
         while unread and unread[0].arrived():
-            unread.popleft().check_finite()
+            check_finite(unread.popleft())
         yield metrics
     for metrics in unread:
-        metrics.check_finite()
+        check_finite(metrics)
 
 
 def fetch(numbers: Tensor) -> Fetch:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_cli import DDIM, _error, _one_thread, _tiny  # noqa: F401
 
-from pecker_fast import Delta, MaskedDistiller, digits_task, distilled, models
+from pecker_fast import Delta, MaskedDistiller, digits_task, distilled, models, step_metrics
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
 from pecker_fast.demo import DemoConfig
@@ -48,8 +48,8 @@ def distill(*more):
 
 
 def request(label, output, *more):
-    source = ("--pretrained_model_name_or_path", "teacher", "--init", "distilled")
-    return main(["unlearn", *source, "--forget_class", *str(label).split(), "--output_dir", output, *SHORT, *MASK, *more])
+    source = ("--pretrained_model_name_or_path", "teacher", "--init", "distilled", "--output_dir", output)
+    return main(["unlearn", *source, "--forget_class", *str(label).split(), *SHORT, *MASK, *more])
 
 
 def weights(folder):
@@ -380,6 +380,37 @@ def test_a_rule_that_held_once_is_remembered_by_a_checkpoint(here, judge, capsys
     fresh = (*STOP, "ua>=0.98", "--json", "--resume_from_checkpoint", "out/checkpoint-2", "--max_train_steps", "9")
     assert request(3, "new", *fresh) == 0  # another rule begins anew
     assert json.loads(capsys.readouterr().out)["stopped"] == 6
+
+
+class Waiting(step_metrics._There):
+    """Numbers of a device that has not come to them yet: nobody looks at them before somebody waits."""
+
+    def arrived(self):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("bad", "last", "more"),
+    [
+        (3, "4", ()),
+        (4, "4", ()),
+        (3, "9", (*STOP, "ua>=0.99")),  # which ends after step 4
+        (4, "9", (*STOP, "ua>=0.99")),
+        (3, "4", ("--checkpointing_steps", "3")),
+    ],
+)
+def test_nothing_is_saved_of_a_run_that_diverged(bad, last, more, here, judge, capsys, monkeypatch):
+    step = MaskedDistiller.step
+
+    def diverged(self):
+        losses = step(self)
+        return losses if self.steps_done < bad else {name: loss * torch.nan for name, loss in losses.items()}
+
+    monkeypatch.setattr(step_metrics, "fetch", Waiting)
+    monkeypatch.setattr(MaskedDistiller, "step", diverged)
+    assert request(3, "out", "--max_train_steps", last, *more) == 4
+    assert f"step {bad}: fake_score_loss is nan; lower the learning rates" in _error(capsys, "unlearn")
+    assert not (here / "out" / "model").exists() and not list((here / "out").glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize(

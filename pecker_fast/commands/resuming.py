@@ -19,6 +19,7 @@ from pecker_fast.commands.judging import Stop
 from pecker_fast.distill_checkpoint import KIND
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
+from pecker_fast.step_metrics import check_finite
 
 
 @dataclass
@@ -88,6 +89,7 @@ class Training:
 
         Raises:
             KeyboardInterrupt: Interrupted; it says what is left.
+            NonFiniteError: A loss is NaN or infinite, be it of the last step: what would be saved is no good then.
         """
         every = self.options.checkpointing_steps
         steps = 0 if self.stopped is not None else self.options.max_train_steps - distiller.steps_done
@@ -105,6 +107,7 @@ class Training:
                         break
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt(*self._left()) from interrupt
+        self._check_finite()
 
     def _verdict(self, distiller: MaskedDistiller) -> dict[str, float]:
         """What a check found, if one is due."""
@@ -123,7 +126,13 @@ class Training:
         """Time that the whole training took so far."""
         return self.seconds + time.perf_counter() - self._started
 
+    def _check_finite(self) -> None:
+        """Look at what the loop was too early for, on a device that computes behind it."""
+        for metrics in self.metrics:
+            check_finite(metrics)
+
     def _save(self, distiller: MaskedDistiller) -> None:
+        self._check_finite()
         options = self.options
         extra: dict[str, Any] = {"metrics": self.metrics, "seconds": self.total_seconds()}
         if self.stop is not None:
