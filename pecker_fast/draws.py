@@ -10,6 +10,21 @@ import torch
 from torch import Tensor
 
 from pecker_fast.config import DistillConfig
+from pecker_fast.schedule import NoiseSchedule
+
+
+def check_timesteps(config: DistillConfig, schedule: NoiseSchedule) -> None:
+    """Refuse settings with timesteps that a schedule does not have.
+
+    Raises:
+        ValueError: ``t_init`` or the last one below ``t_max`` is beyond it.
+    """
+    last = max(config.t_init, config.t_max - 1)
+    if last >= schedule.num_train_timesteps:
+        raise ValueError(
+            f"DistillConfig: t_init={config.t_init} and t_max={config.t_max} reach timestep {last}, but the "
+            f"schedule has {schedule.num_train_timesteps}"
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_cli import DDIM, _error, _one_thread, _tiny, here, teacher  # noqa: F401
 
-from pecker_fast import DistillConfig
+from pecker_fast import BlockMask, DistillConfig, NoiseSchedule, models
 from pecker_fast.cli import main
 from pecker_fast.config import SWITCHES
 
@@ -68,6 +68,41 @@ def test_values_that_make_no_sense(more, text, here, teacher, capsys):  # noqa: 
     source = ("--pretrained_model_name_or_path", str(teacher), "--forget_class", "3", "--output_dir", "out")
     assert main(["unlearn", *source, *more.split()]) == 2
     assert text in _error(capsys, "unlearn")
+
+
+TOO_LATE = ("--t_max", "5000", "--t_init", "1")
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)])
+@pytest.mark.parametrize(
+    ("command", "more", "code", "text"),
+    [
+        ("unlearn", TOO_LATE, 2, "t_max=5000 reach timestep 4999, but the schedule has 1000"),
+        (
+            "unlearn",
+            ("--t_init", "1000"),
+            2,
+            "t_init=1000 and t_max=712 reach timestep 1000, but the schedule has 1000",
+        ),
+        ("distill", TOO_LATE, 2, "t_max=5000 reach timestep 4999, but the schedule has 1000"),
+        ("mask", (), 2, "t_init=440 and t_max=712 reach timestep 711, but the schedule has 500"),
+        ("unlearn", ("--mask_path", "wide"), 3, "wide: does not fit teacher: the mask was not made for this DDPMUNet"),
+        ("unlearn", ("--mask_path", "none"), 3, "none: does not fit teacher: the mask has no active block"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_does(command, more, code, text, dry, tmp_path, monkeypatch, teacher, capsys):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    if command == "mask":  # which has no flags of timesteps
+        models.save(_tiny(), teacher, {**DDIM, "schedule": NoiseSchedule.linear(500).to_dict()})
+    BlockMask.random(_tiny(width=8), 0.2).save(tmp_path / "wide")
+    empty = BlockMask.random(_tiny(), 0.2)
+    (empty - empty).save(tmp_path / "none")
+    output = "--output_file" if command == "mask" else "--output_dir"
+    classes = () if command == "distill" else ("--forget_class", "3")
+    source = ("--pretrained_model_name_or_path", "teacher", output, "out", *classes)
+    assert main([command, *source, *more, *dry]) == code
+    assert text in _error(capsys, command)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_saliency_unlearns(here, teacher):  # noqa: F811

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_cli import DDIM, _error, _one_thread, _tiny  # noqa: F401
 
-from pecker_fast import Delta, MaskedDistiller, digits_task, distilled, models, step_metrics
+from pecker_fast import BlockMask, Delta, MaskedDistiller, digits_task, distilled, models, step_metrics
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
 from pecker_fast.demo import DemoConfig
@@ -243,6 +243,10 @@ def test_settings_not_given_are_those_of_the_distillation(here, capsys):
 def test_a_mask_of_a_file_is_checked_against_earlier_ones(here, capsys):
     assert request(5, "out", "--earlier", "three", "--mask_path", "three/mask.safetensors") == 2
     assert "that three changed" in _error(capsys, "unlearn")
+    BlockMask.random(_tiny(width=8), 0.2).save(here / "wide")
+    for more in ((), ("--dry_run",)):
+        assert request(5, "out", "--earlier", "three", "--mask_path", "wide", "--override_class", "6", *more) == 3
+        assert "wide: does not fit teacher: the mask was not made for this DDPMUNet" in _error(capsys, "unlearn")
     assert request(5, "out", "--earlier", "three", "--mask_path", "five/mask.safetensors", "--override_class", "6") == 0
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import distilled
+from pecker_fast.apply import check_mask
 from pecker_fast.checkpoint import write_json
 from pecker_fast.commands.earlier import RECORD, Earlier, mark_of, resolved, targets_of
 from pecker_fast.commands.source import Source, torch_device
@@ -21,6 +22,7 @@ from pecker_fast.delta.pack import overlaps
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
+from pecker_fast.maskable import survey
 from pecker_fast.stopping import fresh_seed
 
 _INHERITED = (
@@ -127,12 +129,18 @@ class Request:
         batches = _samples(distiller, self.forget) if own else None
         return distiller.build_mask(batches, exclude=[request.delta.mask for request in self.earlier])
 
-    def check_mask(self, mask: BlockMask, where: Path) -> None:
-        """Refuse a given mask with weights that an earlier request changed.
+    def check_mask(self, mask: BlockMask, model: nn.Module, options: argparse.Namespace) -> None:
+        """Refuse a given mask of another model than ``model``, or with weights that an earlier request changed.
 
         Raises:
-            ValueError: It has some.
+            FileFormatError: It does not fit.
+            ValueError: It has such weights.
         """
+        where = options.mask_path
+        try:
+            check_mask(model, mask, survey(model), adopted=())
+        except ValueError as error:
+            raise FileFormatError(f"{where}: does not fit {options.pretrained_model_name_or_path}: {error}") from error
         for request in self.earlier:
             if names := overlaps(mask.parameters, request.delta.mask.parameters):
                 raise ValueError(

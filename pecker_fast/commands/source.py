@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pecker_fast import models
 from pecker_fast.config import SWITCHES, DistillConfig
 from pecker_fast.data import load_image_folder
+from pecker_fast.draws import check_timesteps
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask_config import MaskConfig
 from pecker_fast.schedule import NoiseSchedule
@@ -125,7 +126,7 @@ def distill_config(
         mask: Fields of the mask that have the last word.
 
     Raises:
-        ValueError: An unknown class, or a number out of range.
+        ValueError: An unknown class, a number out of range, or a timestep that the model's schedule does not have.
     """
     if forget is None:
         forget, override = options.forget_class, getattr(options, "override_class", None)
@@ -134,7 +135,7 @@ def distill_config(
         given["fake_score_mask"] = "same"
     if getattr(options, "clip_value", None) is not None:
         given["clip_value"] = options.clip_value or None
-    return DistillConfig(
+    config = DistillConfig(
         forget=tuple(forget),
         override=None if override is None else tuple(override),
         num_classes=source.num_classes,
@@ -142,6 +143,8 @@ def distill_config(
         mask=MaskConfig(**_given(options, _MASK_FIELDS) | dict(mask or {})),
         **dict(defaults or {}) | given,
     )
+    check_timesteps(config, source.schedule)
+    return config
 
 
 def switches(options: argparse.Namespace) -> dict[str, Any]:

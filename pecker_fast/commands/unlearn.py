@@ -14,7 +14,6 @@ from pecker_fast.commands.source import Source, classes_text, distill_config, lo
 from pecker_fast.commands.together import group_of, is_first, output_folder
 from pecker_fast.config import DistillConfig
 from pecker_fast.distiller import MaskedDistiller
-from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
 
 _WRITES = ("model/", "delta/", "mask.safetensors", "distill_config.json", "metrics.jsonl")
@@ -26,7 +25,7 @@ def run(options: argparse.Namespace) -> Outcome:
     request = Request.read(options, source)
     mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
     if mask is not None:
-        request.check_mask(mask, options.mask_path)
+        request.check_mask(mask, source.model, options)
     forget, override = request.classes
     changes = {} if mask is None else {"density": mask.density_asked}
     config = distill_config(options, source, forget=forget, override=override, defaults=request.defaults, mask=changes)
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> Outcome:
             source.model, source.schedule, config, **request.networks, process_group=group_of(options)
         )
         if mask is not None:
-            _use(distiller, mask, options)
+            distiller.use_mask(mask)
         training.resume(distiller)
         mask = distiller.mask or request.build_mask(distiller)
         training.run(distiller)
@@ -88,12 +87,3 @@ def _text(options: argparse.Namespace, values: dict[str, Any]) -> str:
         return f"{text}\nThe target was NOT reached: {options.stop_on} did not hold in two checks in a row."
     bounds = f"ua {values['ua']:.4f} [>= {values['ua_lower']:.4f}], retain {values['retain']:.4f} "
     return f"{text}\nThe target was reached, {options.stop_on}: {bounds}[>= {values['retain_lower']:.4f}]."
-
-
-def _use(distiller: MaskedDistiller, mask: BlockMask, options: argparse.Namespace) -> None:
-    try:
-        distiller.use_mask(mask)
-    except ValueError as error:
-        raise FileFormatError(
-            f"{options.mask_path}: does not fit {options.pretrained_model_name_or_path}: {error}"
-        ) from error
