@@ -37,7 +37,6 @@ RACES = [
     (FAST, PUBLISHED, "target 2.0x"),
     (EXACT, EXACT_DENSE, "target 1.15x"),
     (EXACT_SALIENCY, PUBLISHED, ""),
-    (EXACT_BOTH, PUBLISHED, ""),
     (EXACT_GENERATOR, PUBLISHED, ""),
     (EXACT_GENERATOR, EXACT_DENSE, ""),
 ]

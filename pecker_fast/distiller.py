@@ -26,7 +26,7 @@ from pecker_fast.distill_parts import agreed_parts
 from pecker_fast.distill_ranks import Ranks
 from pecker_fast.distill_samples import averaged, draw_start, sample
 from pecker_fast.distill_updates import Learner, Updates, make_optimizer, warmup
-from pecker_fast.draws import Draws
+from pecker_fast.draws import Draws, check_timesteps
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE
 from pecker_fast.schedule import NoiseSchedule
@@ -76,12 +76,7 @@ class MaskedDistiller:
         fake_score: nn.Module | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        last = max(config.t_init, config.t_max - 1)
-        if last >= schedule.num_train_timesteps:
-            raise ValueError(
-                f"DistillConfig: t_init={config.t_init} and t_max={config.t_max} reach timestep {last}, but the "
-                f"schedule has {schedule.num_train_timesteps}"
-            )
+        check_timesteps(config, schedule)
         self.schedule = schedule
         self.config = config
         self.losses = DistillLosses(predictor(true_score), schedule, config)

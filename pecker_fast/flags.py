@@ -97,7 +97,7 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     add(
         "--mask_scope",
         choices=("global", "layer"),
-        help="rank over the whole network or within layers (global)",
+        help="rank over the whole network or within layers (layer)",
     )
     add("--mask_region", type=region, metavar="REGION", help="encoder, middle, decoder, or PREFIX,PREFIX... (all)")
     add("--mask_norms", type=on_off, metavar="{on,off}", help="whether norms may train (on)")
@@ -106,7 +106,7 @@ def mask_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...]) -> None:
     add("--mask_accumulate", choices=("signed_sum", "abs", "square"), help="how gradients add up (signed_sum)")
     add("--mask_batches", type=positive_int, metavar="N", help="batches of the saliency pass (8)")
     add("--mask_batch_size", type=positive_int, metavar="N", help="samples in each (forget_batch_size)")
-    add("--mask_lr_scale", choices=("none", "density", "mass"), help="scale the learning rate to the mask (none)")
+    add("--mask_lr_scale", choices=("none", "density", "mass"), help="scale the learning rate to the mask (mass)")
     add("--mask_lr_scale_max", type=positive_float, metavar="X", help="by at most this (no limit)")
     losses = ("noise_prediction", "distillation", "forget_specific")
     add("--saliency", choices=losses, help="whose gradient says what matters (noise_prediction)")

@@ -70,7 +70,7 @@ class MaskConfig:
     kind: MaskKind = "saliency"
     density: float = 0.1
     block: Block = "auto"
-    scope: Scope = "global"
+    scope: Scope = "layer"
     region: Region = "all"
     norms: bool = True
     budget: Budget = "parameters"
@@ -80,7 +80,7 @@ class MaskConfig:
     accumulate: AccumulateKind = "signed_sum"
     batches: int = 8
     batch_size: int | None = None
-    lr_scale: LrScale = "none"
+    lr_scale: LrScale = "mass"
     lr_scale_max: float | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,9 @@ from pecker_fast.objectives import sid_loss
 @pytest.mark.parametrize("saliency", ["distillation", "forget_specific"])
 def test_saliency_of_the_generators_own_loss(saliency):
     """Against autograd by hand, with the same draws."""
-    own = MaskConfig(saliency=saliency, saliency_warmup=0, density=0.2, block="row", batches=2, accumulate="square")
+    own = MaskConfig(
+        saliency=saliency, saliency_warmup=0, density=0.2, block="row", batches=2, accumulate="square", scope="global"
+    )
     teacher, other = unet(dropout=0.0).double(), unet(dropout=0.0).double()
     for weight in other.parameters():
         weight.data += 0.1 * torch.randn_like(weight)
@@ -101,7 +103,7 @@ DECODER = ("up.", "norm_out.", "conv_out.")
 
 @pytest.mark.parametrize("kind", ["random", "saliency", "dense"])
 def test_a_region_bounds_the_masks_of_both_networks(kind):
-    own = MaskConfig(kind=kind, density=0.1, block="row", region="decoder", batches=1)
+    own = MaskConfig(kind=kind, density=0.1, block="row", region="decoder", batches=1, scope="global")
     distiller = distilled(unet(), mask=own, fake_score_mask="same")
     distiller.build_mask()
     for mask in (distiller.mask, distiller.fake_score_mask):
@@ -127,7 +129,7 @@ def gradient_flops(network, mask):
 @pytest.mark.parametrize("kind", ["random", "saliency"])
 def test_a_budget_in_flops(kind):
     teacher = unet()
-    own = MaskConfig(kind=kind, density=0.2, block="row", budget="flops", batches=1)
+    own = MaskConfig(kind=kind, density=0.2, block="row", budget="flops", batches=1, scope="global")
     mask = distilled(teacher, mask=own).build_mask()
     share = sum(gradient_flops(teacher, mask).values()) / sum(
         gradient_flops(teacher, BlockMask.dense(teacher)).values()
@@ -139,7 +141,8 @@ def test_a_budget_in_flops(kind):
 def test_saliency_per_flop_takes_cheaper_weights():
     teacher = unet()
     both = [
-        MaskConfig(density=0.2, block="row", rank=rank, batches=2, accumulate="square") for rank in ("weight", "flop")
+        MaskConfig(density=0.2, block="row", rank=rank, batches=2, accumulate="square", scope="global")
+        for rank in ("weight", "flop")
     ]
     masks = [distilled(teacher, mask=own).build_mask() for own in both]
     flops = [sum(gradient_flops(teacher, mask).values()) for mask in masks]

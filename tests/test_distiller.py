@@ -26,7 +26,8 @@ def unet(**settings):
 def config(**settings):
     mask = settings.pop("mask", {})
     if not isinstance(mask, MaskConfig):
-        mask = MaskConfig(**{"kind": "random", "density": 0.3, "block": "row", "batches": 2, **mask})
+        usual = {"kind": "random", "density": 0.3, "block": "row", "scope": "global", "batches": 2, "lr_scale": "none"}
+        mask = MaskConfig(**usual | mask)
     defaults = {"forget": (2,), "override": (0,), "num_classes": 4, "sample_shape": (1, 8, 8), "batch_size": 6}
     return DistillConfig(**(defaults | {"generator_lr": 1e-3, "fake_score_lr": 2e-3, "mask": mask} | settings))
 

@@ -86,7 +86,7 @@ def test_the_edges_of_every_range_are_within():
 OF_SALIENCY = {"accumulate": "abs", "batches": 1, "batch_size": 3, "saliency_warmup": 1}
 OF_RANKING = {"scope": "layer", "rank": "flop"}
 OF_BLOCKS = {"density": 0.2, "block": (4, 4), "budget": "flops"}
-USUAL = MaskConfig(density=0.3, block="row", batches=2)
+USUAL = MaskConfig(density=0.3, block="row", batches=2, scope="global")
 
 
 def chosen(**settings):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import BOTH, FACTORS, REFERENCE, REPORTED, REPORTED_SEEDS, STUDIES, TUNED_ON, TUNING_SEED, Arm
+from arms import BOTH, FACTORS, PUBLISHED, REFERENCE, REPORTED, REPORTED_SEEDS, STUDIES, TUNED_ON, TUNING_SEED, Arm
 from tqdm import tqdm
 from tuning import best_factors
 
@@ -47,7 +47,12 @@ class Job:
 def jobs(study: str, tuning: Path | None) -> list[Job]:
     """All runs of a study, seed by seed, so that a study that is cut short is even."""
     if study == "tuning":
-        tried = [arm for name in ("switches", "masked", "density") for arm in STUDIES[name] if arm.tuned_as == arm.name]
+        tried = [
+            arm
+            for name in ("switches", "masked", "density")
+            for arm in STUDIES[name]
+            if arm.name in (arm.tuned_as, PUBLISHED)
+        ]
         arms = [arm.tuned(factor) for arm in tried for factor in FACTORS]
         return [Job(arm, TUNED_ON, TUNING_SEED, STEPS) for arm in arms]
     if tuning is None:
