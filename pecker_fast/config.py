@@ -18,12 +18,12 @@ SWITCHES: Mapping[str, Mapping[Preset, bool]] = MappingProxyType(
         "merge_batches": {"published": False, "exact": True, "fast": True},
         "closed_form_loss": {"published": False, "exact": True, "fast": True},
         "skip_frozen": {"published": False, "exact": True, "fast": True},
-        "reuse_generator_forward": {"published": False, "exact": False, "fast": True},
+        "reuse_generator_forward": {"published": False, "exact": False, "fast": False},
         "stop_gradient": {"published": False, "exact": False, "fast": False},
     }
 )
 """Switch of ``DistillConfig`` -> what each preset sets it to; docs/design.md has what they save and what they cost."""
-FAST_FORGET_SHARE = 4
+FAST_FORGET_SHARE = 8
 """Preset "fast" draws one forgotten sample for so many retained ones."""
 _NUMBERS = {
     **dict.fromkeys(("num_classes", "batch_size"), "a positive integer"),
@@ -44,15 +44,16 @@ class DistillConfig:
 
     Attributes:
         preset: What the switches below are where they are not given (None): "published" (the iteration as it is
-            published, 22 forwards), "exact" (everything that computes the same for less), or "fast" (also what changes
-            the estimate and was measured to be harmless; a quarter of the forgotten samples).
+            published, 22 forwards), "exact" (everything that computes the same for less), or "fast" (also an eighth of
+            the forgotten samples, which costs a little quality a step and none a second: docs/quality.md). It is looked
+            up when a config is made: ``dataclasses.replace`` keeps the switches, whatever preset it is given.
         forget: Classes to forget; none distils the generator without forgetting.
         override: What the true score is asked for in their place: one class for each forgotten one, one for all, or
             None for a random retained class at every draw.
         num_classes: Classes in all.
         sample_shape: (channels, height, width).
         batch_size: Samples of retained classes in each update.
-        forget_batch_size: Samples of forgotten classes in each update; None takes ``batch_size``, or a quarter of it
+        forget_batch_size: Samples of forgotten classes in each update; None takes ``batch_size``, or an eighth of it
             with preset "fast". Weights are those of the means, so that the gradient's expectation is the same.
         mask: Which weights of the generator train.
         generator_lr: Learning rate of the generator, before ``mask.lr_scale``.

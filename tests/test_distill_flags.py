@@ -122,7 +122,7 @@ def test_doctor_counts_presets_and_switches(here, teacher, capsys):  # noqa: F81
     exact = count("--preset", "exact")
     fast = count("--preset", "fast", "--fake_score_mask", "same")
     assert fast["total"] < exact["total"] and fast["generator"]["forward"] < exact["generator"]["forward"]
-    assert fast["forget_batch_size"] == 32 and fast["switches"]["reuse_generator_forward"] is True
+    assert fast["forget_batch_size"] == 16 and fast["switches"]["reuse_generator_forward"] is False
     fewer, all_of_it = (found["fake_score"] for found in (fast, exact))
     assert fewer["weight_gradient"] / fewer["forward"] < 0.7 * all_of_it["weight_gradient"] / all_of_it["forward"]
     apart = count("--merge_batches", "off", "--reuse_generator_forward", "on")

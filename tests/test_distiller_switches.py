@@ -152,8 +152,9 @@ def test_presets_and_switches_by_name():
     published, exact, fast = (config(preset=preset, batch_size=8) for preset in ("published", "exact", "fast"))
     assert not (published.merge_batches or published.closed_form_loss or published.skip_frozen)
     assert exact.merge_batches and exact.closed_form_loss and exact.skip_frozen and not exact.reuse_generator_forward
-    assert fast.reuse_generator_forward and (fast.forget_samples, exact.forget_samples) == (2, 8)
-    assert config(preset="fast", reuse_generator_forward=False, forget_batch_size=5).forget_samples == 5
+    assert not fast.reuse_generator_forward and (fast.forget_samples, exact.forget_samples) == (1, 8)
+    both = config(preset="fast", reuse_generator_forward=True, forget_batch_size=5)
+    assert both.reuse_generator_forward and both.forget_samples == 5
     assert type(fast).from_dict(fast.to_dict()) == fast
     with pytest.raises(ValueError, match="DistillConfig.preset: expected one of published, exact, fast, got 'quick'"):
         config(preset="quick")

@@ -111,7 +111,7 @@ def test_every_arm_makes_a_config(study):
         config = arm.tuned(2.0).config((7,), 3)
         assert (config.forget, config.seed, config.batch_size) == ((7,), 3, arms.BATCH)
         if "fast" in arm.name:
-            assert config.reuse_generator_forward and config.forget_samples == arms.BATCH // 4
+            assert config.forget_samples == arms.BATCH // 8
         if "published" in arm.name:
             assert not config.merge_batches and config.forget_samples == arms.BATCH
         assert config.generator_lr == config.fake_score_lr == 2 * arms.LR

@@ -91,7 +91,8 @@ def _switches() -> Iterator[Arm]:
     yield Arm("exact", {})
     yield Arm("exact, generator forward reused", {"reuse_generator_forward": True})
     yield Arm("exact, a quarter forgotten", {"forget_batch_size": BATCH // 4})
-    yield Arm("exact, an eighth forgotten", {"forget_batch_size": BATCH // 8})
+    both = {"reuse_generator_forward": True, "forget_batch_size": BATCH // 4}
+    yield Arm("exact, generator forward reused, a quarter forgotten", both)
     yield Arm("exact, stop-gradient", {"stop_gradient": True})
     yield Arm("fast", {"preset": "fast"})
 

@@ -19,7 +19,7 @@ from pecker_fast import MaskedDistiller
 from pecker_fast.demo import versions
 from pecker_fast.digits_task import SCHEDULE, load_teacher
 
-ROUNDS, STEPS = 9, 3
+ROUNDS, STEPS = 5, 3
 
 
 def main() -> None:
