@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from arms import STUDIES
 from run import read
 from tables import verdicts
 
@@ -49,7 +50,12 @@ def main() -> None:
         study = found.setdefault(path.stem.rstrip("0123456789"), {})
         for line in map(compact, read(path)):
             study.setdefault(json.dumps([line[name] for name in KEY]), line)
-    studies = {name: list(lines.values()) for name, lines in found.items()}
+    order = {arm.name: place for place, arm in enumerate(arm for study in STUDIES.values() for arm in study)}
+
+    def place(line: dict[str, Any]) -> tuple[Any, ...]:
+        return order.get(line["arm"], len(order)), line["factor"], line["forget"], line["seed"]
+
+    studies = {name: sorted(lines.values(), key=place) for name, lines in found.items()}
     facts = {"machine": json.loads(options.seconds.read_text()), "erasures": json.loads(options.erasures.read_text())}
     facts = {"verdicts": verdicts(facts | studies), **facts}
     parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]

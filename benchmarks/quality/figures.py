@@ -21,9 +21,7 @@ _STYLES = {
     "random": ("#E69F00", "o"),
     "noise_prediction": ("#56B4E9", "v"),
     "noise_prediction, by layer": ("#0072B2", "^"),
-    "distillation": ("#CC79A7", "s"),
     "distillation, by layer": ("#D55E00", "D"),
-    "forget_specific, by layer": ("#009E73", "P"),
 }
 
 
