@@ -17,8 +17,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
+
+import tables as quality  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
-README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+README, BENCHMARKS, QUALITY = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -44,6 +48,12 @@ def kernels_table(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     return f"{_markdown(head, rows)}\n\n{results['machine']}; interleaved medians of one run."
+
+
+def distill_table(results: dict[str, Any]) -> str:
+    """An iteration of the distiller: times, then what is counted."""
+    figures = "\n".join(_figure(figure) for figure in results["figures"])
+    return f"{kernels_table(results)}\n\n{figures}"
 
 
 def demo_table(metrics: dict[str, Any]) -> str:
@@ -146,7 +156,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TOPICS = ("optimizer", "wgrad", "step", "select", "sweep")
+TOPICS = ("optimizer", "wgrad", "step", "select", "sweep", "distill")
 """Files of a GPU, in the order in which they are shown."""
 NO_GPU = "No GPU has measured these kernels yet; on a machine with one, `benchmarks/gpu.sh OUT` tests and times them."
 ON_GPUS = "<gpu>/*.json"
@@ -157,10 +167,18 @@ TABLES = {
         "demo": ("cpu/demo.json", demo_table),
         "sparser demo": ("cpu/demo_density_0.1.json", demo_table),
         "kernels on a GPU": (ON_GPUS, gpu_headlines),
+        "distillation": ("cpu/distill.json", distill_table),
     },
     BENCHMARKS: {
         "all kernels": ("cpu/kernels.json", kernels_table),
         "all kernels on a GPU": (ON_GPUS, gpu_tables),
+    },
+    QUALITY: {
+        "switches": ("cpu/quality.json", quality.switches),
+        "masked": ("cpu/quality.json", quality.masked),
+        "density": ("cpu/quality.json", quality.density),
+        "erasures": ("cpu/quality.json", quality.erasures),
+        "stacked": ("cpu/quality.json", quality.stacked),
     },
 }
 
