@@ -108,7 +108,7 @@ def make_network(device: torch.device) -> nn.Module:
 
 def batch_size() -> int:
     """Retained samples of an update, and forgotten ones but with preset "fast"."""
-    return sized(128 if here().device.type == "cuda" else 4, 2)
+    return sized(128 if here().device.type == "cuda" else 8, 2)
 
 
 def make_mask(network: nn.Module, kind: str, where: str) -> BlockMask:
