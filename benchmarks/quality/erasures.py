@@ -83,10 +83,12 @@ def request(forget: tuple[int, ...], seed: int) -> DistillConfig:
     return settings(forget, seed, mask, preset="fast", ema_decay=0.9, warmup_steps=5)
 
 
-def dense(forget: tuple[int, ...], seed: int) -> DistillConfig:
-    """The published recipe, all in one stage."""
+def dense(forget: tuple[int, ...], seed: int, factor: float = 1.0, ema_decay: float = 0.98) -> DistillConfig:
+    """The published recipe, all in one stage; ``factor`` multiplies both learning rates."""
     mask = MaskConfig(kind="dense")
-    return settings(forget, seed, mask, preset="published", forget_batch_size=64, ema_decay=0.98)
+    made = settings(forget, seed, mask, preset="published", forget_batch_size=64, ema_decay=ema_decay)
+    rates = {"generator_lr": factor * made.generator_lr, "fake_score_lr": factor * made.fake_score_lr}
+    return replace(made, **rates)
 
 
 def to_target(distiller: MaskedDistiller, bench: Bench, kind: str, farthest: float, **given: Any) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def to_target(distiller: MaskedDistiller, bench: Bench, kind: str, farthest: flo
     }
 
 
-def race(bench: Bench) -> list[dict[str, Any]]:
+def race(bench: Bench, **of_dense: float) -> list[dict[str, Any]]:
     """Requests and dense runs, in turns."""
     lines = []
     for forget, seed in tqdm([((label,), seed) for seed in SEEDS for label in CLASSES], desc="erasures", unit="pair"):
@@ -129,7 +131,7 @@ def race(bench: Bench) -> list[dict[str, Any]]:
                 generator=bench.generator,
                 fake_score=bench.fake_score,
             ),
-            "dense": MaskedDistiller(bench.teacher, SCHEDULE, dense(forget, seed)),
+            "dense": MaskedDistiller(bench.teacher, SCHEDULE, dense(forget, seed, **of_dense)),
         }
         lines += [
             to_target(distiller, bench, kind, farthest) | {"start": start} for kind, distiller in contestants.items()
@@ -192,10 +194,15 @@ def main() -> None:
     """Measure both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dense_factor", type=float, default=1.0, help="of the dense run's learning rates (1)")
+    parser.add_argument("--dense_ema_decay", type=float, default=0.98, help="of its running average (0.98)")
     options = parser.parse_args()
     generator, fake_score = load_distilled(progress=True)
     bench = Bench(load_teacher(progress=True), generator, fake_score, load_judge(progress=True), load_data())
-    results: dict[str, Any] = {"versions": versions(), "race": race(bench)}
+    results: dict[str, Any] = {
+        "versions": versions(),
+        "race": race(bench, factor=options.dense_factor, ema_decay=options.dense_ema_decay),
+    }
     options.out.write_text(json.dumps(results, indent=1))  # the race is there whatever comes of the rest
     options.out.write_text(json.dumps(results | {"stack": stack(bench)}, indent=1))
 
