@@ -150,7 +150,7 @@ class DistillConfig:
             object.__setattr__(self, "forget_batch_size", max(1, self.batch_size // FAST_FORGET_SHARE))
 
     def _check_classes(self) -> None:
-        if not self.forget and self.mask.kind == "saliency" and self.mask.saliency != "distillation":
+        if not self.forget and self.mask.looks and self.mask.saliency != "distillation":
             raise ValueError(
                 f"DistillConfig.forget: nothing is to be forgotten, so MaskConfig.saliency={self.mask.saliency!r} has "
                 f"nothing to look at; name classes, or take kind='dense' or saliency='distillation'"

@@ -61,7 +61,7 @@ def unlearn_command(commands: Any) -> None:
     forget_flag(parser)
     override_flag(parser)
     _init_flags(parser)
-    mask_flags(parser, ("saliency", "random", "dense"))
+    mask_flags(parser, ("saliency", "random", "dense", "complement", "layer_random"))
     parser.add_argument(
         "--mask_path",
         type=Path,

@@ -17,8 +17,10 @@ from pecker_fast.distill_losses import DistillLosses
 from pecker_fast.draws import Batch, Draws
 from pecker_fast.mask import BlockMask
 from pecker_fast.mask_config import MaskConfig
+from pecker_fast.mask_controls import random_outside, random_within_layers
 from pecker_fast.maskable import NORMS, survey
 from pecker_fast.saliency import Saliency, compute_saliency
+from pecker_fast.terms import Terms
 from pecker_fast.weight_costs import weight_gradient_flops
 
 Images = Iterable[tuple[Tensor, Tensor]]
@@ -71,7 +73,7 @@ class MaskMaker:
             exclude: Masks whose weights are left alone.
         """
         config = self.losses.config.mask
-        if config.kind != "saliency":
+        if not config.looks:
             return self._without_saliency(self.generator, config, exclude)
         return self._ranked(self._saliency(config, fake_score, images), self.generator, config, exclude)
 
@@ -93,7 +95,7 @@ class MaskMaker:
     def of_fake_score(self, fake_score: nn.Module) -> BlockMask:
         """The fake score's mask by ``config.fake_score_mask``: saliency of its own loss, on all classes."""
         config = self.losses.config.mask_of_fake_score
-        if config.kind != "saliency":
+        if not config.looks:
             return self._without_saliency(fake_score, config)
         batches = (self._samples(self.draws.batch().labels) for _ in range(config.batches))
         saliency = compute_saliency(fake_score, self.noise_prediction, batches, config.accumulate)
@@ -103,13 +105,13 @@ class MaskMaker:
         """What both masks compute, as far as it has products."""
         config, own = self.losses.config.mask, self.losses.config.mask_of_fake_score
         passes = []
-        if config.kind == "saliency" and config.saliency == "noise_prediction":
+        if config.looks and config.saliency == "noise_prediction":
             passes.append(Pass(config.batches, "generator", lambda: self._published(config)))
-        elif config.kind == "saliency":
+        elif config.looks:
             parts: tuple[Part, ...] = ("all",) if config.saliency == "distillation" else ("forget", "retain")
             passes.append(Pass(config.saliency_warmup, "fake_score", lambda: self.fake_score_loss(fake_score)))
             passes += [Pass(config.batches, "generator", self._distillation(fake_score, part)) for part in parts]
-        if own.kind == "saliency":
+        if own.looks:
             look = lambda: self.noise_prediction(fake_score, self._samples(self.draws.batch().labels))  # noqa: E731
             passes.append(Pass(own.batches, "fake_score", look))
         return passes
@@ -175,7 +177,24 @@ class MaskMaker:
     ) -> BlockMask:
         terms = self._terms(network, config, per_cost=config.rank == "flop")
         exclude = [*exclude, *_frozen_norms(network, config)]
-        return BlockMask.from_saliency(saliency, config.density, config.block, config.scope, exclude, **terms)
+        mask = BlockMask.from_saliency(saliency, config.density, config.block, config.scope, exclude, **terms)
+        if config.kind == "saliency":
+            return mask
+        return self._control(mask, saliency, config, exclude, terms)
+
+    def _control(
+        self, mask: BlockMask, saliency: Saliency, config: MaskConfig, exclude: list[BlockMask], terms: dict[str, Any]
+    ) -> BlockMask:
+        """What a saliency mask is compared with, of the same terms."""
+        seed, grids = self.losses.config.seed, saliency.grids(config.block)
+        barred = [m.parameters for m in (*exclude, *([mask] if config.kind == "complement" else []))]
+        costs = terms["costs"] if terms["budget"] == "costs" else None  # chance does not rank by what a weight costs
+        asked = Terms.of(grids, saliency.total, barred, terms["region"], costs, terms["budget"])
+        if config.kind == "complement":
+            parameters = random_outside(mask.parameters, asked, config.density, seed)
+        else:
+            parameters = random_within_layers(mask.parameters, asked, seed)
+        return BlockMask(parameters, mask.total, config.density, saliency.mass(parameters))
 
     def _without_saliency(self, network: nn.Module, config: MaskConfig, exclude: Sequence[BlockMask] = ()) -> BlockMask:
         if config.kind == "random":

@@ -69,7 +69,7 @@ class Updates:
         """The fake score; where the mask is to look at the generator's own loss, a copy that has trained a little."""
         config = self.losses.config
         steps = config.mask.saliency_warmup
-        if config.mask.kind != "saliency" or config.mask.saliency == "noise_prediction" or not steps:
+        if not config.mask.looks or config.mask.saliency == "noise_prediction" or not steps:
             return fake_score
         network = copy.deepcopy(fake_score)
         active = apply_mask(network, BlockMask.dense(network), unmaskable="dense")

@@ -226,7 +226,7 @@ class MaskedDistiller:
         Returns:
             "generator", "true_score" and "fake_score", each {"forward", "input_gradient", "weight_gradient"}; "total",
             of one iteration; "mask": what ``build_mask()`` computes by ``config.mask`` when it draws its own samples,
-            once, with the same kinds and "total", all zero unless the kind is "saliency". With ``steps`` also
+            once, with the same kinds and "total", all zero unless saliency is looked at. With ``steps`` also
             "steps" and "per_step" in "mask", and "total_with_mask": an iteration and its share of the mask.
 
         Raises:

@@ -11,7 +11,7 @@ from pecker_fast.blocks import Block, check_block
 from pecker_fast.regions import Region, check_region
 from pecker_fast.settings import check_density, check_numbers, known_keys, one_of
 
-MaskKind = Literal["saliency", "random", "dense"]
+MaskKind = Literal["saliency", "random", "dense", "complement", "layer_random"]
 Scope = Literal["global", "layer"]
 Budget = Literal["parameters", "flops"]
 Rank = Literal["weight", "flop"]
@@ -39,7 +39,8 @@ class MaskConfig:
             what ranks or looks has no say: ``scope``, ``rank``, ``accumulate``, ``batches``, ``batch_size``,
             ``saliency``, ``saliency_warmup``) or "dense" (every weight of ``region``; but for that only ``lr_scale``
             and ``lr_scale_max`` have a say). With a mask that is given to ``MaskedDistiller.use_mask`` those two alone
-            do.
+            do. Two more controls begin with the saliency mask: "complement" draws as many weights by chance from those
+            that it left (all of them, where they are fewer), "layer_random" as many of each weight as it has there.
         density: Share of all weights that train, in (0, 1].
         block: (out, in), "row", "element" or "auto"; see ``BlockMask``.
         scope: Rank blocks over the whole network ("global") or within each layer ("layer"). Random blocks are of the
@@ -108,6 +109,11 @@ class MaskConfig:
                 f"MaskConfig.batch_size: expected None with saliency {self.saliency!r}, which looks at batches as the "
                 f"distiller trains on, got {self.batch_size}; set DistillConfig.batch_size and forget_batch_size"
             )
+
+    @property
+    def looks(self) -> bool:
+        """Whether gradients are looked at to choose it."""
+        return self.kind in ("saliency", "complement", "layer_random")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON would hold it."""

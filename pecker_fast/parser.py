@@ -100,7 +100,7 @@ def _mask(commands: Any) -> None:
     )
     source_flag(parser)
     forget_flag(parser)
-    mask_flags(parser, ("saliency", "random"))
+    mask_flags(parser, ("saliency", "random", "complement", "layer_random"))
     parser.add_argument("--forget_batch_size", type=positive_int, metavar="N", help="images of a batch of the pass")
     parser.add_argument("--t_init", type=int, metavar="T", help="timestep of the one-step samples it looks at")
     parser.add_argument("--train_data_dir", type=Path, metavar="DIR", help="look at DIR/<class>/*.png instead")

@@ -13,7 +13,9 @@ from test_distiller_switches import distilled
 
 from pecker_fast import BlockMask, MaskConfig, MaskedDistiller, weight_gradient_flops
 from pecker_fast.flops import count_flops
+from pecker_fast.mask_controls import random_outside
 from pecker_fast.objectives import sid_loss
+from pecker_fast.terms import Terms
 
 # -- where saliency looks, and the learning rate that goes with a mask -----------------------------
 
@@ -101,7 +103,7 @@ def test_learning_rates_of_both_networks(rule, expected):
 DECODER = ("up.", "norm_out.", "conv_out.")
 
 
-@pytest.mark.parametrize("kind", ["random", "saliency", "dense"])
+@pytest.mark.parametrize("kind", ["random", "saliency", "dense", "complement", "layer_random"])
 def test_a_region_bounds_the_masks_of_both_networks(kind):
     own = MaskConfig(kind=kind, density=0.1, block="row", region="decoder", batches=1, scope="global")
     distiller = distilled(unet(), mask=own, fake_score_mask="same")
@@ -164,9 +166,44 @@ def test_frozen_norms_save_the_gradient_of_frozen_skips(kind):
     assert flops[False] < flops[True]
 
 
+# -- controls --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"rank": "flop"}, {"budget": "flops"}, {"block": (4, 4)}, {"block": "element"}]
+)
+def test_controls_of_a_saliency_mask(changes):
+    settings = {"density": 0.3, "block": "row", "batches": 1, **changes}
+    kinds = ("saliency", "complement", "layer_random", "random")
+    masks = {kind: distilled(unet(), mask={"kind": kind, **settings}).build_mask() for kind in kinds}
+    salient, outside, alike = (masks[kind] for kind in kinds[:3])
+    assert (outside & salient).numel == 0
+    if "budget" not in changes:
+        assert outside.density == pytest.approx(masks["random"].density, rel=0.02)  # the budget, not what saliency left
+    assert alike != salient and 0 < (alike & salient).numel < salient.numel
+    for name, parameter in salient.parameters.items():
+        assert len(alike.parameters[name].active) == len(parameter.active)
+    assert outside.mass < alike.mass < salient.mass  # the learning rate goes by it
+
+
+def test_the_complement_is_all_that_is_left_where_that_is_less():
+    settings = {"density": 0.7, "block": "row", "batches": 1}
+    salient, outside = (
+        distilled(unet(), mask={"kind": kind, **settings}).build_mask() for kind in ("saliency", "complement")
+    )
+    assert outside == ~salient
+
+
+def test_random_outside_wants_the_mask_barred():
+    mask = distilled(unet(), mask={"kind": "random", "density": 0.3}).build_mask()
+    grids = {name: parameter.grid for name, parameter in mask.parameters.items()}
+    with pytest.raises(ValueError, match="expected terms that bar"):
+        random_outside(mask.parameters, Terms.of(grids, mask.total), 0.3, 0)
+
+
 def test_what_is_excluded_stays_out():
     earlier = distilled(unet(), mask={"kind": "random", "density": 0.3}).build_mask()
-    for kind in ("random", "saliency"):
+    for kind in ("random", "saliency", "complement", "layer_random"):
         later = distilled(unet(), mask={"kind": kind, "density": 0.3}).build_mask(exclude=[earlier])
         assert (later & earlier).numel == 0 < later.numel
     with pytest.raises(ValueError, match="exclude: a dense run trains every weight"):

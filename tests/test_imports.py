@@ -15,7 +15,7 @@ LAYERS = [
     ["config", "distributed", "scatter", "schedule", "manifest"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms"],
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
-    ["weight_costs", "stop_rule"],
+    ["weight_costs", "stop_rule", "mask_controls"],
     ["mask", "layers", "score_model", "pretrain", "report_page", "flop_table"],
     ["layout", "checkpoint_folders", "distill_ranks", "distill_losses"],
     ["distill_masks", "stopping"],

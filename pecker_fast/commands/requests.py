@@ -125,7 +125,7 @@ class Request:
     def build_mask(self, distiller: MaskedDistiller) -> BlockMask:
         """The mask of this request: of its own classes, and of no weight that an earlier one changed."""
         mask = distiller.config.mask
-        own = self.earlier and mask.kind == "saliency" and mask.saliency == "noise_prediction"
+        own = self.earlier and mask.looks and mask.saliency == "noise_prediction"
         batches = _samples(distiller, self.forget) if own else None
         return distiller.build_mask(batches, exclude=[request.delta.mask for request in self.earlier])
 
