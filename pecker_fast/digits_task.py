@@ -63,16 +63,23 @@ def load_data() -> ImageData:
     return load_digits()
 
 
-def load_teacher(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> nn.Module:
-    """The pretrained diffusion model of digits, from the cache or trained now (about a minute)."""
+def load_teacher(
+    cache_dir: Path | None = None, progress: bool = True, short: bool = False, *, held_out: bool = False
+) -> nn.Module:
+    """The pretrained diffusion model of digits, from the cache or trained now (about a minute).
+
+    With ``held_out`` it has seen four fifths of them, those that the judge is trained on, and the rest is new to it.
+    """
     settings = {"steps": 60 if short else 1000, "batch_size": 128, "learning_rate": 5e-3, "ema_decay": 0.998, "seed": 0}
     model = DDPMUNet.digits()
 
     def train() -> nn.Module:
-        return pretrain.train_denoiser(model, load_data(), SCHEDULE, progress=progress, **settings)  # type: ignore[arg-type]
+        data = load_data().split()[0] if held_out else load_data()
+        return pretrain.train_denoiser(model, data, SCHEDULE, progress=progress, **settings)  # type: ignore[arg-type]
 
     generation = {"kind": "ddim", "steps": 20, "schedule": SCHEDULE.to_dict(), "sample_shape": list(SAMPLE_SHAPE)}
-    return _cached("teacher", {**settings, **model.config}, cache_dir, train, generation)
+    name = "teacher-split" if held_out else "teacher"
+    return _cached(name, {**settings, **model.config}, cache_dir, train, generation)
 
 
 def load_judge(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> DigitsClassifier:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pecker_fast.report_page import html, table
 
-__all__ = ["before_after", "curves", "html", "saliency", "table", "write_report"]
+__all__ = ["before_after", "curves", "html", "new_figure", "saliency", "table", "write_figure", "write_report"]
 
 StrPath = str | os.PathLike[str]
 
@@ -57,7 +57,7 @@ def before_after(
     classes, samples, _, height, width = before.shape
     row, column = height + _gap(height), width + _gap(width)
     half_width = 3.6
-    figure = _figure((2 * half_width + 1.3, half_width * classes * row / (samples * column) + 0.4))
+    figure = new_figure((2 * half_width + 1.3, half_width * classes * row / (samples * column) + 0.4))
     from matplotlib.patches import Rectangle
 
     for index, (title, images) in enumerate({"before": before, "after": after}.items()):
@@ -74,7 +74,7 @@ def before_after(
             rim = _gap(height) / 2
             corner, size = (-rim, i * row - rim), (grid.shape[1] + 2 * rim, height + 2 * rim)
             axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_MARKED, linewidth=3, clip_on=False))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def curves(path: StrPath, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -88,7 +88,7 @@ def curves(path: StrPath, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = _figure((9, 8.4))
+    figure = new_figure((9, 8.4))
     grid = figure.subplots(3, 2, sharex="col", sharey="row")
     for row, (metric, title) in zip(grid, _METRICS.items(), strict=True):
         for axes, unit in zip(row, ("step", "seconds"), strict=True):
@@ -116,7 +116,7 @@ def curves(path: StrPath, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> No
     grid[-1][1].set_xlabel("seconds of training, the mask included")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=max(1, len(labels)), frameon=False, fontsize=11)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def saliency(path: StrPath, densities: Mapping[str, Mapping[str, float]]) -> None:
@@ -132,7 +132,7 @@ def saliency(path: StrPath, densities: Mapping[str, Mapping[str, float]]) -> Non
     """
     layers = {name: _by_layer(shares) for name, shares in densities.items()}
     names = list(next(iter(layers.values()), {}))
-    figure = _figure((8.5, 1.6 + 0.18 * len(names)))
+    figure = new_figure((8.5, 1.6 + 0.18 * len(names)))
     axes = figure.add_subplot()
     thickness = 0.8 / max(1, len(layers))
     for index, (run, shares) in enumerate(layers.items()):
@@ -148,7 +148,7 @@ def saliency(path: StrPath, densities: Mapping[str, Mapping[str, float]]) -> Non
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=max(1, len(layers)), frameon=False, fontsize=11)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def write_report(
@@ -186,7 +186,7 @@ def write_report(
     html(folder / "report.html", metrics, pictures)
 
 
-def _figure(inches: tuple[float, float]) -> Any:
+def new_figure(inches: tuple[float, float]) -> Any:
     """A figure of its own, without pyplot: no window system and no global state is touched."""
     try:
         from matplotlib.figure import Figure
@@ -197,7 +197,8 @@ def _figure(inches: tuple[float, float]) -> Any:
     return Figure(figsize=inches, dpi=_DPI, layout="constrained")
 
 
-def _write(figure: Any, path: StrPath) -> None:
+def write_figure(figure: Any, path: StrPath) -> None:
+    """Write a PNG."""
     figure.savefig(path, format="png", facecolor="white")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.errors import FileFormatError
+from pecker_fast.html_page import figure_of, table_of, write_page
 
 BEFORE = "before"
 _NONE = "–"
@@ -41,22 +40,17 @@ def html(path: str | os.PathLike[str], metrics: Mapping[str, Any], pictures: Map
         FileFormatError: The page cannot be written, or a picture cannot be read.
     """
     forgotten, override = (_listed(metrics.get(key) or ()) for key in ("forget_class", "override_class"))
-    title = f"Forgetting {forgotten}"
-    page = _PAGE.format(
-        title=escape(title),
+    body = _BODY.format(
         forgotten=escape(forgotten),
         override=escape(override or "a random retained class"),
         seed=escape(str(metrics.get("seed", _NONE))),
-        table=_html_table(_cells(metrics)),
-        pictures="\n".join(_figure(heading, picture) for heading, picture in pictures.items()),
+        table=table_of(_cells(metrics)),
+        pictures="\n".join(figure_of(heading, at, _CAPTIONS.get(heading, "")) for heading, at in pictures.items()),
         meanings="\n".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in _MEANINGS.items()),
         settings=escape(json.dumps(metrics.get("settings", {}), indent=2)),
         versions=_pairs(metrics.get("versions", {})),
     )
-    try:
-        Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be written ({error.strerror})") from error
+    write_page(path, f"Forgetting {forgotten}", body)
 
 
 def _cells(metrics: Mapping[str, Any]) -> list[list[str]]:
@@ -113,28 +107,6 @@ _MEANINGS = {
 }
 
 
-def _html_table(cells: Sequence[Sequence[str]]) -> str:
-    head, *rows = cells
-    lines = ["<tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head) + "</tr>"]
-    for name, *values in rows:
-        data = "".join(f"<td>{escape(value)}</td>" for value in values)
-        lines.append(f'<tr class="{escape(name)}"><th scope="row">{escape(name)}</th>{data}</tr>')
-    return f"<table>\n<thead>{lines[0]}</thead>\n<tbody>\n" + "\n".join(lines[1:]) + "\n</tbody>\n</table>"
-
-
-def _figure(heading: str, picture: Path) -> str:
-    try:
-        data = base64.b64encode(picture.read_bytes()).decode("ascii")
-    except OSError as error:
-        raise FileFormatError(f"{picture}: cannot be read ({error.strerror})") from error
-    name = escape(heading)
-    caption = escape(_CAPTIONS.get(heading, ""))
-    return (
-        f'<h2>{name}</h2>\n<figure><img alt="{name}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
 _CAPTIONS = {
     "Before and after": "Samples of the one-step generator from the same noise, before training and after "
     "the masked run; one row a class, the forgotten ones framed.",
@@ -152,38 +124,7 @@ def _listed(labels: Sequence[Any]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light; }}
-body {{ font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; max-width: 60rem;
-  margin: 0 auto; padding: 1rem; }}
-h1 {{ line-height: 1.2; }}
-h2 {{ margin-top: 2.5rem; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .45rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }}
-td {{ white-space: nowrap; }}
-thead th {{ vertical-align: bottom; border-bottom: 2px solid #888; }}
-tbody th, thead th:first-child {{ text-align: left; }}
-tr.masked {{ background: #eaf3f9; }}
-figure {{ margin: 0; break-inside: avoid; }}
-img {{ max-width: 100%; height: auto; }}
-figcaption, footer {{ color: #666; font-size: .85rem; }}
-dt {{ font-weight: 600; margin-top: .6rem; }}
-dd {{ margin: 0; }}
-pre {{ overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: .8rem; }}
-@media print {{ body {{ max-width: none; }} .wide {{ overflow: visible; }} table {{ font-size: .6rem; }}
-  th, td {{ padding: .2rem; }} }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<p>A diffusion model was made to forget class {forgotten}: asked for it, it is to draw {override} instead.
+_BODY = """<p>A diffusion model was made to forget class {forgotten}: asked for it, it is to draw {override} instead.
 It was distilled into a one-step generator whose active weights alone train (PECKER, arXiv 2604.05634).
 Three runs had the same number of steps and the same seed ({seed}): <b>masked</b> trains the weights that
 matter most to the forgotten class, <b>random</b> as many weights drawn by chance, <b>dense</b> all of them.
@@ -204,7 +145,4 @@ traces are gone from the weights.</p>
 <summary>Settings</summary>
 <pre>{settings}</pre>
 </details>
-<footer><p>{versions}</p></footer>
-</body>
-</html>
-"""
+<footer><p>{versions}</p></footer>"""

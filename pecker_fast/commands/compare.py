@@ -1,0 +1,75 @@
+"""``pecker-fast compare``: every method on the same work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pecker_fast.commands import Outcome, dry_run
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Do what is missing in the folder, and write tables, figures and the page."""
+    from pecker_fast.compare import tables
+    from pecker_fast.compare.harness import Harness
+
+    known, plan = _known(options), _plan(options)
+    harness = Harness(_task(options), known, plan, options.processes, not options.quiet, options.diagnostics)
+    if options.dry_run:
+        return _dry_run(options, harness)
+    results = harness.run(options.output_dir)
+    made = tables.every(results)
+    text = "\n\n".join(f"{table.title}\n{table.text()}" for table in made)
+    values = {
+        "output_dir": str(options.output_dir),
+        "methods": list(plan.methods),
+        "runs": sum(line["phase"] == "reported" for line in results.lines),
+        "tables": {table.title: [dict(zip(table.head, row, strict=True)) for row in table.rows] for table in made},
+    }
+    return Outcome(
+        values, f"{text}\n\nOpen {options.output_dir / 'report.html'} for pictures and what the numbers mean."
+    )
+
+
+def _known(options: argparse.Namespace) -> dict[str, Any]:
+    from pecker_fast.compare.methods import methods
+
+    return dict(methods(options.mask_density, options.block))
+
+
+def _plan(options: argparse.Namespace) -> Any:
+    from pecker_fast.compare.methods import DEFAULT
+    from pecker_fast.compare.plan import Plan
+
+    known, names = _known(options), tuple(options.methods or DEFAULT)
+    if names == ("all",):
+        names = tuple(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--methods: unknown method {name!r}; expected all, or some of {', '.join(known)}")
+    return Plan(
+        methods=names,
+        forget=tuple(options.forget_class),
+        seeds=tuple(options.seeds),
+        tuning_forget=tuple(options.tuning_class),
+        tuning_seeds=tuple(options.tuning_seeds),
+        factors=tuple(options.learning_rate_factors),
+        steps=options.max_train_steps,
+        samples=options.num,
+    )
+
+
+def _task(options: argparse.Namespace) -> Callable[[], Any]:
+    from pecker_fast.compare import task
+
+    return partial(task.digits, options.cache_dir, not options.quiet, options.short)
+
+
+def _dry_run(options: argparse.Namespace, harness: Any) -> Outcome:
+    plan = harness.plan
+    factors = dict.fromkeys(harness.known, 1.0)
+    runs = {"tuning": len(plan.tuning(harness.known)), "reported": len(plan.reported(harness.known, factors))}
+    names = ("compare.json", "runs.jsonl", "table.md", "quality.png", "curves.png", "samples.png", "report.html")
+    return dry_run({**vars(plan), "runs": runs}, {}, [str(options.output_dir / name) for name in names])

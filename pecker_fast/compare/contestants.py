@@ -1,0 +1,105 @@
+"""A method, a task and a job, made into something that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast.active import ActiveParameters
+from pecker_fast.baselines import Baseline, BaselineConfig
+from pecker_fast.compare.methods import Method
+from pecker_fast.compare.plan import Job
+from pecker_fast.compare.task import Task
+from pecker_fast.config import DistillConfig
+from pecker_fast.distiller import MaskedDistiller
+from pecker_fast.mask import BlockMask
+
+
+class Contestant(Protocol):
+    """What is asked of a ``MaskedDistiller`` or a ``Baseline``."""
+
+    mask: BlockMask | None
+    active: ActiveParameters
+    device: torch.device
+
+    def build_mask(self) -> BlockMask:
+        """Choose the active weights, and get everything ready to train."""
+        ...
+
+    def step(self) -> dict[str, Tensor]:
+        """One step."""
+        ...
+
+    def run(self, steps: int, *, progress: bool = True, label: str = ...) -> Iterator[Mapping[str, float]]:
+        """Steps, one after the other."""
+        ...
+
+    def sample(self, condition: Tensor, *, seed: int | None = None) -> Tensor:
+        """Images."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[nn.Module]:
+        """The network with the weights that are sampled from."""
+        ...
+
+    def flops(self) -> dict[str, Any]:
+        """Of a step, of the mask, and of what else comes before the first step."""
+        ...
+
+    @property
+    def lr_scale(self) -> float:
+        """What the mask multiplies the learning rate by."""
+        ...
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """How it is sampled from."""
+        ...
+
+
+def make(method: Method, task: Task, job: Job) -> Contestant:
+    """Ready for ``build_mask()``; the task's networks stay as they are."""
+    override = task.overrides(job.forget)
+    common: dict[str, Any] = {"forget": job.forget, "override": override, "num_classes": task.num_classes}
+    common |= {"sample_shape": task.sample_shape, "seed": job.seed, "mask": method.mask}
+    if method.family == "distillation":
+        rates = dict.fromkeys(("generator_lr", "fake_score_lr"), task.distillation_lr * job.factor)
+        config = DistillConfig(**{**common, **task.distillation, **rates, **method.settings})
+        return MaskedDistiller(task.true_score, task.schedule, config)
+    rate = {"learning_rate": task.diffusion_lr * job.factor}
+    own = task.retrain if method.own_length else {}
+    settings = BaselineConfig(**{**common, **task.diffusion, **rate, **method.settings, **own})
+    return Baseline(task.true_score, task.schedule, settings, data=task.train)
+
+
+def get_ready(contestant: Contestant) -> BlockMask:
+    """All that comes before the first step: the mask, and what Selective Amnesia remembers."""
+    mask = contestant.build_mask()
+    if isinstance(contestant, Baseline):
+        contestant.prepare()
+    return mask
+
+
+def networks(contestant: Contestant) -> Iterable[nn.Module]:
+    """The modules that it holds, each once."""
+    found = {id(value): value for value in vars(contestant).values() if isinstance(value, nn.Module)}
+    return found.values()
+
+
+def held_tensors(contestant: Contestant) -> Iterator[Tensor]:
+    """Weights, buffers, gradients, the flat store and optimizer state."""
+    for network in networks(contestant):
+        for tensor in (*network.parameters(), *network.buffers()):
+            yield tensor
+            if tensor.grad is not None:
+                yield tensor.grad
+    for value in vars(contestant).values():
+        if isinstance(value, ActiveParameters):
+            yield from (tensor for tensor in (value.values, value.grads, value.ema) if tensor is not None)
+        elif isinstance(value, torch.optim.Optimizer):
+            for state in value.state.values():
+                yield from (tensor for tensor in state.values() if isinstance(tensor, Tensor))

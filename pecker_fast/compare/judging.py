@@ -1,0 +1,197 @@
+"""What the judge, the metrics and the attacks say of a contestant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pecker_fast.attacks import probe, relearn
+from pecker_fast.checkpoint import atomic_file
+from pecker_fast.compare.contestants import Contestant
+from pecker_fast.compare.task import Task
+from pecker_fast.metrics import (
+    FeatureStatistics,
+    denoising_scores,
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    label_entropy,
+    membership_inference,
+    precision_recall,
+    retain_accuracy,
+    unlearning_accuracy,
+    wilson_interval,
+)
+
+_BATCH = 512
+_NOISE_SEED = 1234
+_NEIGHBOURS = 2000
+"""Images of either set in precision, recall, density and coverage: their cost goes with the square."""
+ATTACK_TIMESTEPS = (50, 150, 300, 500)
+RELEARN_IMAGES, RELEARN_STEPS, RELEARN_EVERY = 10, 60, 5
+"""Images that the relearning attack has, steps it may take, and how often it looks."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Images as the judge sees them.
+
+    Attributes:
+        labels: What they were asked for, (n,).
+        logits: (n, classes).
+        features: (n, d).
+    """
+
+    labels: Tensor
+    logits: Tensor
+    features: Tensor
+
+    def of(self, chosen: Tensor) -> Seen:
+        """Some of them."""
+        return Seen(self.labels[chosen], self.logits[chosen], self.features[chosen])
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """Judges whatever forgets one set of classes.
+
+    Attributes:
+        task: What it is about.
+        forget: The classes.
+        samples: Images of each class that a verdict is made of.
+    """
+
+    task: Task
+    forget: tuple[int, ...]
+    samples: int
+
+    def glance(self, contestant: Contestant) -> dict[str, float]:
+        """Accuracies and Fréchet distance, for curves, from a quarter of the images."""
+        return self._verdict(self._drawn(contestant, max(2, self.samples // 4)))
+
+    def verdict(self, contestant: Contestant) -> dict[str, Any]:
+        """Everything that images alone show."""
+        seen = self._drawn(contestant, self.samples)
+        forgotten, retained = seen.of(self._forgotten(seen.labels)), seen.of(~self._forgotten(seen.labels))
+        entropy = label_entropy(forgotten.logits, self.forget)
+        count, generated = len(forgotten.labels), _spread(retained.features)
+        found: dict[str, Any] = self._verdict(seen)
+        interval = wilson_interval(round(found["unlearning_accuracy"] * count), count)
+        real = _spread(self._real.features)
+        near, around = (
+            precision_recall(real=real, generated=generated),
+            density_coverage(real=real, generated=generated),
+        )
+        return found | {
+            "unlearning_accuracy_ci95": list(interval),
+            "inception_score": inception_score(retained.logits)[0],
+            "precision": near.precision,
+            "recall": near.recall,
+            "density": around.density,
+            "coverage": around.coverage,
+            "entropy": entropy.entropy,
+            "forgotten_probability": entropy.forgotten_probability,
+        }
+
+    def attacks(self, contestant: Contestant, seed: int) -> dict[str, Any]:
+        """What can be got out of the weights: membership, the class itself after a few steps, other starts."""
+        generation = contestant.generation
+        with contestant.averaged() as network:
+            found = self._membership(network)
+            images, labels = self._few(seed)
+            device = contestant.device
+            relearned = relearn(
+                network,
+                generation,
+                images.to(device),
+                labels.to(device),
+                judge=self.task.judge,
+                max_steps=RELEARN_STEPS,
+                every=RELEARN_EVERY,
+                seed=seed,
+            )
+            probes = probe(network, generation, self.forget, judge=self.task.judge, seed=seed)
+        found["relearning_steps"] = relearned.steps_to_return
+        found["probes"] = [dict(line) for line in probes]
+        return found
+
+    def save_picture(self, contestant: Contestant, path: Path) -> None:
+        """One image of every class, from the same noise whatever draws, as an npz with ``images`` (uint8, N H W C)."""
+        labels = torch.arange(self.task.num_classes)
+        images = contestant.sample(labels.to(contestant.device), seed=_NOISE_SEED).clamp(-1, 1).cpu()
+        pixels = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as unfinished, unfinished.open("wb") as file:
+            np.savez_compressed(file, images=pixels, labels=labels.numpy())
+
+    @torch.no_grad()
+    def look(self, images: Tensor, labels: Tensor) -> Seen:
+        """Through the judge, in pieces."""
+        judge: Any = self.task.judge
+        device = next(judge.parameters()).device
+        features = torch.cat([judge.features(part.to(device).clamp(-1, 1)) for part in images.split(_BATCH)])
+        return Seen(labels.to(device), judge.head(features), features)
+
+    @cached_property
+    def _real(self) -> Seen:
+        """Real images of the retained classes, those that the model knows."""
+        data = self.task.train
+        kept = ~self._forgotten(data.labels)
+        return self.look(data.images[kept], data.labels[kept])
+
+    @cached_property
+    def _real_statistics(self) -> FeatureStatistics:
+        statistics = FeatureStatistics()
+        statistics.update(self._real.features)
+        return statistics
+
+    def _drawn(self, contestant: Contestant, samples: int) -> Seen:
+        """From the same noise whatever draws."""
+        labels = torch.arange(self.task.num_classes).repeat_interleave(samples)
+        return self.look(contestant.sample(labels.to(contestant.device), seed=_NOISE_SEED), labels)
+
+    def _verdict(self, seen: Seen) -> dict[str, float]:
+        forgotten = self._forgotten(seen.labels)
+        generated = FeatureStatistics()
+        generated.update(seen.features[~forgotten])
+        return {
+            "unlearning_accuracy": unlearning_accuracy(seen.logits[forgotten], self.forget),
+            "retain_accuracy": retain_accuracy(seen.logits[~forgotten], seen.labels[~forgotten]),
+            "frechet_distance": frechet_distance(generated, self._real_statistics),
+        }
+
+    def _membership(self, network: nn.Module) -> dict[str, float]:
+        """Of the forgotten classes: images that the diffusion model was trained on, against images it never saw."""
+        device = next(network.parameters()).device
+        scores = []
+        for data in (self.task.train, self.task.held_out):
+            chosen = self._forgotten(data.labels)
+            images, labels = data.images[chosen].to(device), data.labels[chosen].to(device)
+            predict = lambda x, t, c: network(x, t, c)  # noqa: E731
+            timesteps = [t for t in ATTACK_TIMESTEPS if t < self.task.schedule.num_train_timesteps]
+            scores.append(denoising_scores(predict, self.task.schedule, images, labels, timesteps=timesteps))
+        found = membership_inference(*scores)
+        return {"mia_auc": found.auc, "mia_tpr": found.tpr, "mia_shuffled_auc": found.shuffled_auc}
+
+    def _few(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Images of the forgotten classes that the attacker has: held out, so that they are its own."""
+        data = self.task.held_out
+        chosen = self._forgotten(data.labels).nonzero().flatten()
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:RELEARN_IMAGES]
+        return data.images[chosen[order]], data.labels[chosen[order]]
+
+    def _forgotten(self, labels: Tensor) -> Tensor:
+        return torch.isin(labels, torch.tensor(self.forget, device=labels.device))
+
+
+def _spread(features: Tensor) -> Tensor:
+    """At most so many of them, evenly, for what costs their number squared."""
+    if len(features) <= _NEIGHBOURS:
+        return features
+    return features[torch.linspace(0, len(features) - 1, _NEIGHBOURS).round().long().to(features.device)]

@@ -1,0 +1,94 @@
+"""What methods are compared on: a diffusion model, a judge, real images, and settings that suit them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from pecker_fast.data import ImageData
+from pecker_fast.distilled import fingerprint_of
+from pecker_fast.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work, the same for every method.
+
+    Attributes:
+        name: What it is called.
+        true_score: The diffusion model that is to forget, trained on ``train``.
+        schedule: Its noise schedule.
+        judge: Classifier with ``features``, trained on ``train``.
+        train: Real images that the model knows.
+        held_out: Real images that nothing was trained on.
+        distillation: Fields of ``DistillConfig``.
+        diffusion: Fields of ``BaselineConfig``.
+        retrain: Fields that training from scratch has instead.
+        distillation_lr: Learning rate that factors multiply.
+        diffusion_lr: The same for diffusion models.
+        retrain_steps: Steps of training from scratch.
+    """
+
+    name: str
+    true_score: nn.Module
+    schedule: NoiseSchedule
+    judge: nn.Module
+    train: ImageData
+    held_out: ImageData
+    distillation: Mapping[str, Any]
+    diffusion: Mapping[str, Any]
+    retrain: Mapping[str, Any]
+    distillation_lr: float
+    diffusion_lr: float
+    retrain_steps: int
+
+    @property
+    def num_classes(self) -> int:
+        """Classes in all."""
+        return len(self.train.class_names)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return cast(tuple[int, int, int], tuple(self.train.images.shape[1:]))
+
+    def overrides(self, forget: Sequence[int]) -> tuple[int, ...]:
+        """What is drawn instead of each forgotten class: the next retained one."""
+        following = ([(label + i) % self.num_classes for i in range(1, self.num_classes)] for label in forget)
+        return tuple(next(other for other in others if other not in forget) for others in following)
+
+    def description(self) -> dict[str, Any]:
+        """What runs of it depend on, JSON values."""
+        numbers = ("distillation", "diffusion", "retrain", "distillation_lr", "diffusion_lr", "retrain_steps")
+        networks = {name: fingerprint_of(getattr(self, name)) for name in ("true_score", "judge")}
+        images = {"train": len(self.train), "held_out": len(self.held_out)}
+        return {"task": self.name, **networks, "images": images, **{name: getattr(self, name) for name in numbers}}
+
+
+def digits(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> Task:
+    """The real 8 x 8 digits: model and judge are trained on four fifths of them, or come from the cache."""
+    from pecker_fast import digits_task
+
+    train, held_out = digits_task.load_data().split()
+    settings = digits_task.DISTILLED
+    names = ("t_init", "t_min", "t_max", "sid_alpha", "clip_value", "warmup_steps")
+    return Task(
+        name="digits",
+        true_score=digits_task.load_teacher(cache_dir, progress, short, held_out=True),
+        schedule=digits_task.SCHEDULE,
+        judge=digits_task.load_judge(cache_dir, progress, short),
+        train=train,
+        held_out=held_out,
+        distillation={name: getattr(settings, name) for name in names}
+        | {"batch_size": 32, "forget_batch_size": 8, "forget_weight": 0.05, "ema_decay": 0.95},
+        diffusion={"batch_size": 32, "forget_batch_size": 32, "sampling_steps": 20, "fisher_samples": 50}
+        | {"fisher_timesteps": 50, "replay_samples": 200, "ema_decay": 0.95, "warmup_steps": 10},
+        retrain={"batch_size": 128, "learning_rate": 3e-3, "ema_decay": 0.998},
+        distillation_lr=1e-3,
+        diffusion_lr=5e-4,
+        retrain_steps=1000,
+    )
