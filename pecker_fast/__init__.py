@@ -14,6 +14,7 @@ if (_checkout / "setup.py").is_file():  # in a source tree the Triton kernels li
 
 from pecker_fast.active import ActiveParameters  # noqa: E402
 from pecker_fast.apply import apply_mask  # noqa: E402
+from pecker_fast.baselines import Baseline, BaselineConfig, salun, salun_mask_config  # noqa: E402
 from pecker_fast.block_scores import BlockScores  # noqa: E402
 from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
 from pecker_fast.config import DistillConfig  # noqa: E402
@@ -33,6 +34,8 @@ from pecker_fast.weight_costs import weight_gradient_flops  # noqa: E402
 
 __all__ = [
     "ActiveParameters",
+    "Baseline",
+    "BaselineConfig",
     "BlockGrid",
     "BlockMask",
     "BlockScores",
@@ -54,6 +57,8 @@ __all__ = [
     "compute_saliency",
     "export_shira",
     "linear_density",
+    "salun",
+    "salun_mask_config",
     "score_blocks",
     "use_backend",
     "weight_gradient_flops",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from typing import Literal
 
@@ -12,7 +13,7 @@ from pecker_fast import step_hooks
 from pecker_fast.active import ActiveParameters
 from pecker_fast.layers import MaskedLayer
 from pecker_fast.mask import BlockMask
-from pecker_fast.maskable import Survey, is_plain, survey
+from pecker_fast.maskable import STORE, Survey, is_plain, survey
 from pecker_fast.scatter import DTYPE_CODES
 
 
@@ -52,6 +53,14 @@ def apply_mask(
     layers = layers_to_swap(model, mask, found)
     _refuse_parts_of_masked_models(model, layers)
     return ActiveParameters(model, mask, layers, found, dense)
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """An ordinary dense copy, in eval mode: what masks are chosen by does not depend on how a model comes."""
+    copied = copy.deepcopy(model)
+    if STORE in vars(copied):
+        ActiveParameters.of(copied).remove()
+    return copied.eval()
 
 
 def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from pecker_fast.mask_config import MaskConfig
-from pecker_fast.settings import check_numbers, is_number, known_keys, one_of, to_tuple
+from pecker_fast.settings import check_classes, check_numbers, is_number, known_keys, one_of, to_tuple
 
 Preset = Literal["published", "exact", "fast"]
 
@@ -155,25 +155,7 @@ class DistillConfig:
                 f"DistillConfig.forget: nothing is to be forgotten, so MaskConfig.saliency={self.mask.saliency!r} has "
                 f"nothing to look at; name classes, or take kind='dense' or saliency='distillation'"
             )
-        for name in ("forget", "override"):
-            for label in getattr(self, name) or ():
-                if not is_number(label, "an integer") or not 0 <= label < self.num_classes:
-                    raise ValueError(
-                        f"DistillConfig.{name}: unknown class {label!r}; "
-                        f"the model has classes 0 to {self.num_classes - 1}"
-                    )
-        if len(set(self.forget)) != len(self.forget):
-            raise ValueError(f"DistillConfig.forget: a class is named twice in {self.forget}")
-        if not self.retained:
-            raise ValueError("DistillConfig.forget: every class is forgotten; at least one must be retained")
-        if self.override is not None:
-            if both := set(self.override) & set(self.forget):
-                raise ValueError(f"DistillConfig.override: class {min(both)} is to be forgotten; name a retained class")
-            if len(self.override) not in (1, len(self.forget)):
-                raise ValueError(
-                    f"DistillConfig.override: expected one class, or one for each of the {len(self.forget)} forgotten, "
-                    f"got {len(self.override)}"
-                )
+        check_classes("DistillConfig", self.forget, self.override, self.num_classes)
 
     def _check_numbers(self) -> None:
         check_numbers(self, _NUMBERS)

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from torch import nn
 
 from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
-from pecker_fast.config import DistillConfig
 from pecker_fast.delta import Delta
 from pecker_fast.delta.state import only_weights_changed
 from pecker_fast.mask import BlockMask
 from pecker_fast.models import storage
 
 
+class Settings(Protocol):
+    """What is asked of a ``DistillConfig``."""
+
+    @property
+    def forget(self) -> tuple[int, ...]:
+        """Classes to forget."""
+        ...
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """As JSON would hold it."""
+        ...
+
+
 class Trained(Protocol):
     """What is asked of a ``MaskedDistiller``."""
 
-    config: DistillConfig
     base: nn.Module
+
+    @property
+    def config(self) -> Settings:
+        """What it was trained with."""
+        ...
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -26,20 +43,22 @@ class Trained(Protocol):
         ...
 
 
-def write(trained: Trained, generator: nn.Module, mask: BlockMask, folder: StrPath) -> None:
-    """Write all of it, or nothing; see ``MaskedDistiller.save``."""
+def write(
+    trained: Trained, generator: nn.Module, mask: BlockMask, folder: StrPath, *, name: str = "distill_config"
+) -> None:
+    """Write all of it, or nothing; see ``MaskedDistiller.save``. ``name`` is what the settings are called."""
     with atomic_folder(folder) as unfinished:
         (unfinished / "model").mkdir()
         if only_weights_changed(trained.base, generator):
-            delta = _delta(trained, generator, mask)
+            delta = _delta(trained, generator, mask, name)
             delta.save(unfinished / "delta")
         storage.write_model(generator, unfinished / "model", trained.generation)
         mask.save(unfinished / "mask.safetensors")
-        write_json(unfinished / "distill_config.json", trained.config.to_dict())
+        write_json(unfinished / f"{name}.json", dict(trained.config.to_dict()))
 
 
-def _delta(trained: Trained, generator: nn.Module, mask: BlockMask) -> Delta:
+def _delta(trained: Trained, generator: nn.Module, mask: BlockMask, settings: str) -> Delta:
     forget = trained.config.forget
     name = f"forget {', '.join(map(str, forget))}" if forget else "distil"
-    metadata = {"distill_config": trained.config.to_dict(), "generation": trained.generation}
+    metadata = {settings: trained.config.to_dict(), "generation": trained.generation}
     return Delta.extract(trained.base, generator, mask, name=name, metadata=metadata, progress=False)

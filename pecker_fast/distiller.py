@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from pecker_fast import distill_checkpoint, distill_output, distill_state
 from pecker_fast.active import ActiveParameters
-from pecker_fast.apply import apply_mask
+from pecker_fast.apply import apply_mask, dense_copy
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.config import DistillConfig
 from pecker_fast.distill_checkpoint import Checkpoint
@@ -28,7 +27,6 @@ from pecker_fast.distill_samples import averaged, draw_start, sample
 from pecker_fast.distill_updates import Learner, Updates, make_optimizer, warmup
 from pecker_fast.draws import Draws, check_timesteps
 from pecker_fast.mask import BlockMask
-from pecker_fast.maskable import STORE
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import predictor
 from pecker_fast.step_metrics import StepMetrics, checked
@@ -81,8 +79,8 @@ class MaskedDistiller:
         self.config = config
         self.losses = DistillLosses(predictor(true_score), schedule, config)
         self.base = true_score if generator is None else generator
-        self.generator = _copy_without_mask(self.base)
-        self.fake_score = _copy_without_mask(true_score if fake_score is None else fake_score).requires_grad_(True)
+        self.generator = dense_copy(self.base)
+        self.fake_score = dense_copy(true_score if fake_score is None else fake_score).requires_grad_(True)
         self.true_score = true_score.eval().requires_grad_(False)
         weight = next(true_score.parameters())
         self.device = weight.device
@@ -364,11 +362,3 @@ class MaskedDistiller:
                 kind of device.
         """
         return distill_checkpoint.load(self, checkpoint, root)
-
-
-def _copy_without_mask(network: nn.Module) -> nn.Module:
-    """An ordinary dense copy, in eval mode: what the masks are chosen by does not depend on how it comes."""
-    copied = copy.deepcopy(network)
-    if STORE in vars(copied):
-        ActiveParameters.of(copied).remove()
-    return copied.eval()

@@ -79,7 +79,7 @@ class Draws:
         Two batches one after the other have the same gradient (no layer of these networks looks across samples).
         """
         config = self.config
-        retained = self._labels(config.retained, config.batch_size)
+        retained = self.retained()
         retain = self._samples(retained, retained, config.retain_weight)
         if not config.forget:
             return Batch(*retain)
@@ -107,6 +107,10 @@ class Draws:
     def forgotten(self, count: int | None = None) -> Tensor:
         """Forgotten classes, (count,); as many as an update takes if not told."""
         return self._labels(self.config.forget, count or self.config.forget_samples)
+
+    def retained(self, count: int | None = None) -> Tensor:
+        """Retained classes, (count,); as many as an update takes if not told."""
+        return self._labels(self.config.retained, count or self.config.batch_size)
 
     def override(self, labels: Tensor) -> Tensor:
         """What the true score is asked for in place of forgotten ``labels``."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,8 @@ def iteration_flops(distiller: Distiller, steps: int | None = None) -> Iteration
 
     The very step is run, on a copy whose weights are fake tensors: shapes, strides and a device, but no data.
     """
-    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-        raise ValueError(f"flops: steps: expected a positive integer or None, got {steps!r}")
-    if distiller.mask is None:
-        raise RuntimeError("no mask yet, and the count depends on it: call build_mask() first")
-    rehearsal = _without_data(distiller)
+    check_countable(distiller.mask, steps)
+    rehearsal = without_data(distiller)
     with count_by_network({name: getattr(rehearsal, name) for name in NETWORKS}) as table:
         rehearsal.step()
     mask = _mask_flops(rehearsal)
@@ -62,12 +60,18 @@ def iteration_flops(distiller: Distiller, steps: int | None = None) -> Iteration
     return counted
 
 
+def check_countable(mask: BlockMask | None, steps: int | None) -> None:
+    """Refuse to count before there is a mask, or by a number of steps that is none."""
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise ValueError(f"flops: steps: expected a positive integer or None, got {steps!r}")
+    if mask is None:
+        raise RuntimeError("no mask yet, and the count depends on it: call build_mask() first")
+
+
 def _mask_flops(rehearsal: Distiller) -> dict[str, int]:
     """One of the mask's passes of each sort, times their number; a mask that looks at nothing is free."""
     counts = dict.fromkeys(KINDS, 0)
-    weights = {
-        name: _unmasked_weights(getattr(rehearsal, name), rehearsal.mask) for name in ("generator", "fake_score")
-    }
+    weights = {name: unmasked_weights(getattr(rehearsal, name), rehearsal.mask) for name in ("generator", "fake_score")}
     for work in rehearsal.masks.passes(rehearsal.fake_score):
         for name, own in weights.items():
             for weight in own:
@@ -79,7 +83,7 @@ def _mask_flops(rehearsal: Distiller) -> dict[str, int]:
     return {**counts, "total": sum(counts.values())}
 
 
-def _unmasked_weights(network: nn.Module, mask: BlockMask | None) -> list[nn.Parameter]:
+def unmasked_weights(network: nn.Module, mask: BlockMask | None) -> list[nn.Parameter]:
     """Make a copy what it was before the mask, in eval mode; its weights that can be masked."""
     del vars(network)[STORE]
     for module in network.eval().modules():
@@ -89,17 +93,27 @@ def _unmasked_weights(network: nn.Module, mask: BlockMask | None) -> list[nn.Par
     return [weight for name, weight in network.named_parameters() if name in maskable]
 
 
-def _without_data(distiller: Distiller) -> Distiller:
+class Drawing(Protocol):
+    """What has draws of its own."""
+
+    draws: Draws
+    schedule: NoiseSchedule
+
+
+T = TypeVar("T", bound=Drawing)
+
+
+def without_data(trainer: T, networks: Sequence[str] = NETWORKS) -> T:
     """A copy with fake weights, draws of its own, and optimizers that do nothing: they have no matrix products."""
-    draws = copy.copy(distiller.draws)
-    draws.rng = torch.Generator(distiller.draws.device)
-    real = {id(distiller.draws): draws, id(distiller.schedule): distiller.schedule}
+    draws = copy.copy(trainer.draws)
+    draws.rng = torch.Generator(trainer.draws.device)
+    real = {id(trainer.draws): draws, id(trainer.draws.rng): draws.rng, id(trainer.schedule): trainer.schedule}
     with FakeCopyMode(FakeTensorMode(allow_non_fake_inputs=True)):
-        copied = copy.deepcopy(distiller, real)
+        copied = copy.deepcopy(trainer, real)
     for value in vars(copied).values():
         if isinstance(value, torch.optim.Optimizer):
             vars(value)["step"] = _no_step
-    for name in NETWORKS:
+    for name in networks:
         if (store := vars(getattr(copied, name)).get(STORE)) is not None:
             step_hooks.forget(store)
     return copied

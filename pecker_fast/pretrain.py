@@ -68,12 +68,12 @@ def train_denoiser(
         if class_dropout:
             drop = torch.rand(batch_size, generator=draw, device=images.device) < class_dropout
             condition = condition.masked_fill(drop, len(data.class_names))
-        t = _antithetic_timesteps(batch_size, schedule.num_train_timesteps, draw)
+        t = antithetic_timesteps(batch_size, schedule.num_train_timesteps, draw)
         epsilon = torch.empty_like(x0).normal_(generator=draw)
         return F.mse_loss(model(schedule.add_noise(x0, epsilon, t), t, condition), epsilon)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
-    with _seeded(seed, images.device):
+    with seeded(seed, images.device):
         for _ in _optimize(model, optimizer, loss_of_batch, steps=steps, name="denoiser", progress=progress):
             average.update_parameters(model)
     trained: nn.Module = average.module
@@ -119,7 +119,7 @@ def train_classifier(
         return F.cross_entropy(model(batch), labels[index], label_smoothing=0.05)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
-    with _seeded(seed, images.device):
+    with seeded(seed, images.device):
         for _ in _optimize(model, optimizer, loss_of_batch, steps=steps, name="classifier", progress=progress):
             pass
     return model.eval()
@@ -154,7 +154,7 @@ def _optimize(
             yield
 
 
-def _antithetic_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
+def antithetic_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:
     """(count,) int64 timesteps in pairs ``t`` and ``total - 1 - t``: less variance at the same cost."""
     half = torch.randint(total, ((count + 1) // 2,), generator=generator, device=generator.device)
     return torch.cat([half, total - 1 - half])[:count]
@@ -171,7 +171,7 @@ def _warmed_up_average(decay: float) -> Callable[[Any, Any, Any], None]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the global generators, which dropout draws from, and restore them afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,6 +87,8 @@ def compute_saliency(
     loss_fn: Callable[[nn.Module, Any], Tensor],
     batches: Iterable[Any],
     accumulate: AccumulateKind = "signed_sum",
+    *,
+    clip_norm: float | None = None,
 ) -> Saliency:
     """Saliency of every maskable weight of ``model`` for a loss, summed over batches.
 
@@ -100,6 +102,8 @@ def compute_saliency(
         loss_fn: (model, batch) -> scalar loss.
         batches: What ``loss_fn`` takes, at least one.
         accumulate: "signed_sum", "abs" or "square".
+        clip_norm: Clip the gradient of every batch to this norm over all weights before it is added, as SalUn does, so
+            that no batch outweighs the others: ``torch.nn.utils.clip_grad_norm_``. None does not clip.
 
     Returns:
         Name -> float32 saliency >= 0 of the weight's shape, on the weight's device.
@@ -119,7 +123,9 @@ def compute_saliency(
         for batch in batches:
             loss = loss_fn(model, batch)
             _check_loss(loss, count)
-            grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            grads: Sequence[Tensor | None] = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            if clip_norm is not None:
+                grads = _clipped(grads, clip_norm)
             for total, grad in zip(totals.values(), grads, strict=True):
                 if grad is not None:
                     accumulate_saliency_(total, grad, accumulate)
@@ -130,6 +136,13 @@ def compute_saliency(
         for total in totals.values():
             total.abs_()
     return Saliency(totals, found.total, found.embeddings, squared=accumulate == "square")
+
+
+def _clipped(grads: Sequence[Tensor | None], max_norm: float) -> list[Tensor | None]:
+    """The gradients, scaled so that their norm together is at most ``max_norm``, as torch does it."""
+    norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return [None if grad is None else grad * scale for grad in grads]
 
 
 def _check_loss(loss: Tensor, batch: int) -> None:

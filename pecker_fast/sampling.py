@@ -62,15 +62,66 @@ def ddim_sample(
     Raises:
         ValueError: ``steps`` or ``clip`` is out of range.
     """
+    timesteps = _ddim_timesteps(schedule, steps, clip)
+    return _ddim(model, schedule, noise, condition, timesteps, None, clip)
+
+
+@torch.no_grad()
+def ddim_partial(
+    model: EpsilonModel,
+    schedule: NoiseSchedule,
+    noise: Tensor,
+    condition: Tensor,
+    *,
+    steps: int,
+    stop: int,
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first ``stop`` evaluations of ``ddim_sample``: samples on their way, as Erased Stable Diffusion takes them.
+
+    Args:
+        model: Predicts the noise; call ``.eval()`` on it first.
+        schedule: The schedule that the model was trained with.
+        noise: (B, ...) standard normal start.
+        condition: (B, ...) labels or prompt embeddings, passed on to the model.
+        steps: Evaluations of the whole way.
+        stop: Evaluations to make, from 0 (the noise itself) to ``steps - 1``.
+        clip: As in ``ddim_sample``.
+
+    Returns:
+        ``x_t`` of the shape and dtype of ``noise``, and its timestep for every sample, int64 (B,).
+
+    Raises:
+        ValueError: ``steps``, ``stop`` or ``clip`` is out of range.
+    """
+    timesteps = _ddim_timesteps(schedule, steps, clip)
+    if not 0 <= stop < steps:
+        raise ValueError(f"stop must lie in [0, {steps - 1}], got {stop}")
+    x_t = _ddim(model, schedule, noise, condition, timesteps[:stop], timesteps[stop], clip)
+    return x_t, _full_timesteps(noise, timesteps[stop])
+
+
+def _ddim_timesteps(schedule: NoiseSchedule, steps: int, clip: float | None) -> list[int]:
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive or None, got {clip}")
     total = schedule.num_train_timesteps
     if not 1 <= steps <= total:
         raise ValueError(f"steps must lie in [1, {total}], got {steps}")
-    timesteps = [total * (steps - index) // steps - 1 for index in range(steps)]
-    x_t = noise
-    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
-        epsilon = model(x_t, _full_timesteps(noise, t), condition)
+    return [total * (steps - index) // steps - 1 for index in range(steps)]
+
+
+def _ddim(
+    model: EpsilonModel,
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    condition: Tensor,
+    timesteps: list[int],
+    end: int | None,
+    clip: float | None,
+) -> Tensor:
+    """From the first of ``timesteps`` through all of them to timestep ``end``, or to x_0 where that is None."""
+    for t, t_next in zip(timesteps, [*timesteps[1:], end], strict=False):
+        epsilon = model(x_t, _full_timesteps(x_t, t), condition)
         x_0 = schedule.predict_x0(x_t, epsilon, t)
         if clip is not None:
             x_0 = x_0.clamp(-clip, clip)

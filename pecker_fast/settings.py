@@ -64,3 +64,25 @@ def known_keys(cls: type, values: Mapping[str, Any]) -> None:
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{cls.__name__}: unknown key {unknown[0]!r}; known keys are {', '.join(sorted(known))}")
+
+
+def check_classes(owner: str, forget: tuple[Any, ...], override: tuple[Any, ...] | None, num_classes: int) -> None:
+    """Refuse classes that a model does not have, that are named twice, or that leave nothing to retain."""
+    for name, labels in (("forget", forget), ("override", override or ())):
+        for label in labels:
+            if not is_number(label, "an integer") or not 0 <= label < num_classes:
+                raise ValueError(
+                    f"{owner}.{name}: unknown class {label!r}; the model has classes 0 to {num_classes - 1}"
+                )
+    if len(set(forget)) != len(forget):
+        raise ValueError(f"{owner}.forget: a class is named twice in {forget}")
+    if len(forget) == num_classes:
+        raise ValueError(f"{owner}.forget: every class is forgotten; at least one must be retained")
+    if override is not None:
+        if both := set(override) & set(forget):
+            raise ValueError(f"{owner}.override: class {min(both)} is to be forgotten; name a retained class")
+        if len(override) not in (1, len(forget)):
+            raise ValueError(
+                f"{owner}.override: expected one class, or one for each of the {len(forget)} forgotten, "
+                f"got {len(override)}"
+            )

@@ -125,7 +125,7 @@ def test_class_dropout_uses_the_null_class():
 
 @pytest.mark.parametrize("count", [1, 6, 7])
 def test_timesteps_come_in_mirrored_pairs(count):
-    t = pretrain._antithetic_timesteps(count, 1000, torch.Generator().manual_seed(0))
+    t = pretrain.antithetic_timesteps(count, 1000, torch.Generator().manual_seed(0))
     assert t.shape == (count,)
     half = (count + 1) // 2
     assert torch.equal(t[half:], 999 - t[: count - half])
