@@ -2,6 +2,7 @@
 
 from pecker_fast.metrics.accuracy import retain_accuracy, unlearning_accuracy, wilson_interval
 from pecker_fast.metrics.entropy import LabelEntropy, label_entropy
+from pecker_fast.metrics.fid import InceptionStatistics, fid
 from pecker_fast.metrics.frechet import FeatureStatistics, frechet_distance
 from pecker_fast.metrics.inception_score import InceptionScore, inception_score
 from pecker_fast.metrics.intervals import mean_interval, student_t_quantile
@@ -12,11 +13,13 @@ __all__ = [
     "DensityCoverage",
     "FeatureStatistics",
     "InceptionScore",
+    "InceptionStatistics",
     "LabelEntropy",
     "MembershipResult",
     "PrecisionRecall",
     "denoising_scores",
     "density_coverage",
+    "fid",
     "frechet_distance",
     "inception_score",
     "label_entropy",

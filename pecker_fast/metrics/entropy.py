@@ -15,7 +15,7 @@ class LabelEntropy(NamedTuple):
     """What `label_entropy` finds.
 
     Attributes:
-        entropy: Mean entropy of the judge's prediction, in nats: 0 where it is sure, ``log(classes)`` where it is blind.
+        entropy: Mean entropy of the judge's prediction, in nats: 0 where it is sure, ``log(classes)`` where blind.
         forgotten_probability: Mean probability that the image shows any forgotten class.
     """
 

@@ -57,7 +57,7 @@ def membership_inference(
     """Area under the ROC curve, true positives at few false ones, and a shuffled control, in float64.
 
     Args:
-        member_scores: (m,) scores of images that the model was trained on, in any floating dtype; higher means "member".
+        member_scores: (m,) scores of images that the model was trained on, in any floating dtype; high means "member".
         nonmember_scores: (n,) scores of images of the same classes that it never saw.
         seed: Of the shuffles, which are the same on every device.
         fpr: False positive rate at which the true positives are counted, in [0, 1).
@@ -159,8 +159,8 @@ def _noise_errors(
 def _midranks(scores: Tensor) -> Tensor:
     """Ranks from 1, those of equal scores averaged."""
     _, index, counts = scores.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts - 1) / 2)[index]
+    ranks: Tensor = counts.cumsum(0) - (counts.double() - 1) / 2
+    return ranks[index]
 
 
 def _auc(member_ranks: Tensor, others: int) -> float:
