@@ -136,6 +136,17 @@ def test_statistics_are_of_the_features(network):
     assert fid(real=statistics, generated=other) == frechet_distance(statistics, other) == pytest.approx(18.0)
 
 
+def test_shifted_and_stretched_gaussians_have_a_closed_form(network):
+    whole = torch.randn(200, 5, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(whole.T.cov())
+    white = (whole - whole.mean(0)) @ vectors / values.sqrt()  # mean 0 and covariance 1 exactly
+    statistics = []
+    for shift, scale in ((0.0, 2.0), (1.5, 0.5)):
+        statistics.append(InceptionStatistics(network.weights))
+        statistics[-1].update(white * scale + shift)
+    assert fid(real=statistics[0], generated=statistics[1]) == pytest.approx(5 * (1.5**2 + (2.0 - 0.5) ** 2))
+
+
 def test_fid_is_not_given_to_other_features():
     one, two, plain = InceptionStatistics("a"), InceptionStatistics("b"), FeatureStatistics()
     with pytest.raises(ValueError, match="generated is FeatureStatistics"):
