@@ -16,7 +16,7 @@ LAYERS = [
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms"],
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
     ["weight_costs", "stop_rule", "mask_controls", "html_page"],
-    ["mask", "layers", "score_model", "pretrain", "report_page", "flop_table"],
+    ["mask", "layers", "score_model", "pretrain", "attacks", "report_page", "flop_table"],
     ["layout", "checkpoint_folders", "distill_ranks", "distill_losses"],
     ["distill_masks", "stopping"],
     ["iteration_flops"],
@@ -72,7 +72,7 @@ def test_kernels_import_nothing_of_the_package():
 
 def test_only_these_files_loop_over_training_steps():
     loops = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if calls_backward(p)}
-    assert loops == {"distill_updates.py", "pretrain.py", "baselines/trainer.py"}
+    assert loops == {"distill_updates.py", "pretrain.py", "baselines/trainer.py", "attacks/relearning.py"}
 
 
 def test_the_import_is_cheap_and_loads_nothing_heavy():

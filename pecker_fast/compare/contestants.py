@@ -84,6 +84,11 @@ def get_ready(contestant: Contestant) -> BlockMask:
     return mask
 
 
+def trained(contestant: Contestant) -> nn.Module:
+    """The network that trains, with its current weights."""
+    return contestant.network if isinstance(contestant, Baseline) else contestant.generator  # type: ignore[attr-defined]
+
+
 def networks(contestant: Contestant) -> Iterable[nn.Module]:
     """The modules that it holds, each once."""
     found = {id(value): value for value in vars(contestant).values() if isinstance(value, nn.Module)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pecker_fast.attacks import probe, relearn
 from pecker_fast.checkpoint import atomic_file
-from pecker_fast.compare.contestants import Contestant
+from pecker_fast.compare.contestants import Contestant, trained
 from pecker_fast.compare.task import Task
 from pecker_fast.metrics import (
     FeatureStatistics,
@@ -36,6 +37,8 @@ _NEIGHBOURS = 2000
 ATTACK_TIMESTEPS = (50, 150, 300, 500)
 RELEARN_IMAGES, RELEARN_STEPS, RELEARN_EVERY = 10, 60, 5
 """Images that the relearning attack has, steps it may take, and how often it looks."""
+START_SHARES, NOISE_SCALES = (0.5, 0.8, 1.2, 1.5), (0.8, 1.2)
+"""Other starts that a generator is probed from: shares of its timestep, and of the noise's size."""
 
 
 @dataclass(frozen=True)
@@ -101,25 +104,23 @@ class Panel:
 
     def attacks(self, contestant: Contestant, seed: int) -> dict[str, Any]:
         """What can be got out of the weights: membership, the class itself after a few steps, other starts."""
-        generation = contestant.generation
-        with contestant.averaged() as network:
-            found = self._membership(network)
-            images, labels = self._few(seed)
-            device = contestant.device
-            relearned = relearn(
-                network,
-                generation,
-                images.to(device),
-                labels.to(device),
-                judge=self.task.judge,
-                max_steps=RELEARN_STEPS,
-                every=RELEARN_EVERY,
-                seed=seed,
-            )
-            probes = probe(network, generation, self.forget, judge=self.task.judge, seed=seed)
-        found["relearning_steps"] = relearned.steps_to_return
-        found["probes"] = [dict(line) for line in probes]
-        return found
+        generation, judge = contestant.generation, self.task.judge
+        current = {name: weight.clone() for name, weight in trained(contestant).state_dict().items()}
+        network = copy.deepcopy(self.task.true_score).eval()  # an ordinary model, as it would be published
+        with contestant.averaged() as averaged:
+            network.load_state_dict(averaged.state_dict())
+        starts: dict[str, Any] = {"noise_scales": NOISE_SCALES}
+        if generation["kind"] == "one_step":
+            last = self.task.schedule.num_train_timesteps - 1
+            starts["t_inits"] = [min(round(share * generation["t_init"]), last) for share in START_SHARES]
+        probes = probe(
+            network, generation, self.forget, judge=judge, weights={"not averaged": current}, seed=seed, **starts
+        )
+        images, labels = (tensor.to(contestant.device) for tensor in self._few(seed))
+        lr, most = self.task.relearning_lr, {"max_steps": RELEARN_STEPS, "every": RELEARN_EVERY}
+        relearned = relearn(network, generation, images, labels, judge=judge, lr=lr, seed=seed, **most)
+        found: dict[str, Any] = self._membership(network)
+        return found | {"relearning_steps": relearned.steps_to_return, "relearning": relearned.curve, "probes": probes}
 
     def save_picture(self, contestant: Contestant, path: Path) -> None:
         """One image of every class, from the same noise whatever draws, as an npz with ``images`` (uint8, N H W C)."""

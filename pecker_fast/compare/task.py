@@ -31,6 +31,7 @@ class Task:
         distillation_lr: Learning rate that factors multiply.
         diffusion_lr: The same for diffusion models.
         retrain_steps: Steps of training from scratch.
+        relearning_lr: Learning rate of the attacker who wants the class back.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Task:
     distillation_lr: float
     diffusion_lr: float
     retrain_steps: int
+    relearning_lr: float = 1e-3
 
     @property
     def num_classes(self) -> int:
@@ -63,7 +65,8 @@ class Task:
 
     def description(self) -> dict[str, Any]:
         """What runs of it depend on, JSON values."""
-        numbers = ("distillation", "diffusion", "retrain", "distillation_lr", "diffusion_lr", "retrain_steps")
+        numbers = ("distillation", "diffusion", "retrain", "distillation_lr", "diffusion_lr")
+        numbers += ("retrain_steps", "relearning_lr")
         networks = {name: fingerprint_of(getattr(self, name)) for name in ("true_score", "judge")}
         images = {"train": len(self.train), "held_out": len(self.held_out)}
         return {"task": self.name, **networks, "images": images, **{name: getattr(self, name) for name in numbers}}
