@@ -50,8 +50,8 @@ def probe(
         t_inits: Timesteps to start a ``one_step`` generator at instead of its own.
         noise_scales: Factors on the noise that sampling starts from.
         weights: Other weights by name, e.g. ``{"not averaged": generator.state_dict()}``.
-        null_class: Label of "no class" of a model that has one (``num_classes`` of a `DDPMUNet`). A model that has
-            forgotten nothing draws each of K equally frequent classes in 1 / K of these samples.
+        null_class: Label of "no class" of a model that was trained with it (``num_classes`` of a `DDPMUNet`, with class
+            dropout). If it has forgotten nothing, it draws each of K equally frequent classes in 1 / K of the samples.
         samples: Images of each forgotten class, the same noise for every way of asking.
         seed: Of the noise.
 

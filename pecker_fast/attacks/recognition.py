@@ -59,7 +59,8 @@ def recognised_share(
     for labels, start in zip(condition.split(_BATCH), noise.split(_BATCH), strict=True):
         images = generate(model, generation, labels.to(weight.device), noise=start.to(weight))
         logits.append(judge(images))
-    return 1.0 - unlearning_accuracy(torch.cat(logits), forget)
+    escaped = round(unlearning_accuracy(torch.cat(logits), forget) * len(condition))
+    return (len(condition) - escaped) / len(condition)
 
 
 def check_generation(generation: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from pecker_fast.baselines import salun_mask_config
+from pecker_fast.baselines import Baseline, salun_mask_config
 from pecker_fast.blocks import Block
 from pecker_fast.mask_config import MaskConfig
 
@@ -44,9 +44,12 @@ class Method:
     own_length: bool = False
 
     @property
-    def data_free(self) -> bool:
-        """Whether it needs no real image."""
-        return self.family == "distillation" or self.settings["method"] in ("esd", "selective_amnesia")
+    def needs(self) -> str:
+        """What data it trains on."""
+        if self.family == "distillation":
+            return "none: class labels"
+        needed: str = Baseline.NEEDS[self.settings["method"]][0]
+        return needed
 
 
 def methods(density: float = 0.25, block: Block = "row") -> Mapping[str, Method]:
@@ -86,7 +89,7 @@ def _diffusion(density: float, block: Block) -> tuple[Method, ...]:
         return Method(name, "diffusion", about, mask, {"method": rule, **settings}, own_length=rule == "retrain")
 
     salun = salun_mask_config(batches=8)
-    salient, chance = (MaskConfig(kind=kind, density=density, block=block) for kind in ("saliency", "random"))  # type: ignore[arg-type]
+    salient, chance = (MaskConfig(kind=kind, density=density, block=block) for kind in ("saliency", "random"))
     return (
         trained("salun", "random label on SalUn's half of the weights", "random_label", salun),
         trained("salun_ga", "gradient ascent on SalUn's half of the weights", "gradient_ascent", salun),

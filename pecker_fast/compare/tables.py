@@ -139,7 +139,7 @@ def cost(results: Results) -> Table:
                 f"{own['setup_seconds']:.1f} s",
                 f"{own['flops']['step'] / 1e9:.3g} G",
                 f"{own['peak_mib']:.0f} MiB",
-                "none" if results.known[name].data_free else "real",
+                results.known[name].needs,
             )
         )
     return Table("Cost", head, tuple(rows))
@@ -154,9 +154,11 @@ def falsification(results: Results) -> Table:
             continue
         for mark, name in MARKS.items():
             pair = results.of(ours), results.of(theirs)
-            accuracies = [difference(*pair, mark, key) for key in ("unlearning_accuracy", "retain_accuracy")]
+            unlearned = difference(*pair, mark, "unlearning_accuracy")
+            retained = difference(*pair, mark, "retain_accuracy")
             distance = ratio(*pair, mark, "frechet_distance")
-            cells = (*map(_points, accuracies), _times(distance), verdict(*accuracies, distance))
+            found = verdict(unlearned, retained, distance)
+            cells = (_points(unlearned), _points(retained), _times(distance), found)
             rows.append((f"{ours} against {theirs}", name, *cells))
     return Table("Does the mask help?", head, tuple(rows))
 
@@ -200,7 +202,8 @@ CLAIMS = (
 
 def verdict(unlearned: Interval | None, retained: Interval | None, distance: Interval | None) -> str:
     """Better or worse where an interval says so, and in what."""
-    better, worse = [], []
+    better: list[str] = []
+    worse: list[str] = []
     for name, interval, neutral, sign in (
         ("unlearned", unlearned, 0.0, 1),
         ("retained", retained, 0.0, 1),
@@ -229,7 +232,7 @@ def every(results: Results) -> list[Table]:
 
 
 def _before(results: Results) -> tuple[str, ...]:
-    line: Any = results.before()
+    line: Line = results.before() or {}
     point = line["equal_steps"]
     shares = (f"{point[key]:.1%}" for key in ("unlearning_accuracy", "retain_accuracy"))
     rest = (f"{point[key]:.3g}" for key in ("inception_score", "precision", "recall"))
@@ -237,7 +240,8 @@ def _before(results: Results) -> tuple[str, ...]:
 
 
 def _last(line: Line) -> str:
-    return max(line["marks"], key=lambda name: line["marks"][name])
+    marks: dict[str, int] = line["marks"]
+    return max(marks, key=marks.__getitem__)
 
 
 def _named(name: str, runs: Sequence[Line]) -> str:

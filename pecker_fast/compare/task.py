@@ -65,11 +65,11 @@ class Task:
 
     def description(self) -> dict[str, Any]:
         """What runs of it depend on, JSON values."""
-        numbers = ("distillation", "diffusion", "retrain", "distillation_lr", "diffusion_lr")
-        numbers += ("retrain_steps", "relearning_lr")
+        settings = ("distillation", "diffusion", "retrain")
+        numbers = ("distillation_lr", "diffusion_lr", "retrain_steps", "relearning_lr")
         networks = {name: fingerprint_of(getattr(self, name)) for name in ("true_score", "judge")}
         images = {"train": len(self.train), "held_out": len(self.held_out)}
-        return {"task": self.name, **networks, "images": images, **{name: getattr(self, name) for name in numbers}}
+        return {"task": self.name, **networks, "images": images, **{n: getattr(self, n) for n in (*settings, *numbers)}}
 
 
 def digits(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> Task:
