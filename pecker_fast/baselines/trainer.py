@@ -130,9 +130,10 @@ class Baseline:
     def _to_look_at(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of the saliency pass."""
         mask, size = self.config.mask, self.config.mask.batch_size or self.config.forget_samples
-        images = self.work.images.get("forget")
-        if images is not None:
-            yield from images.epochs(mask.batches, size)
+        if self.work.images:
+            if "forget" not in self.work.images:
+                raise ValueError(f"data: the mask is chosen by images of class {self.config.forget}, there are none")
+            yield from self.work.images["forget"].epochs(mask.batches, size)
             return
         model = self.work.guided(self.true_score, 1.0)
         for _ in range(mask.batches):
