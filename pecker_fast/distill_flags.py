@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pecker_fast.baseline_flags import baseline_flags, method_flag
 from pecker_fast.flags import (
     checkpoint_flags,
     device_flag,
@@ -58,6 +59,7 @@ def unlearn_command(commands: Any) -> None:
         "  pecker-fast unlearn ... --init distilled --earlier three --forget_class 5 --output_dir five",
     )
     source_flag(parser)
+    method_flag(parser)
     forget_flag(parser)
     override_flag(parser)
     _init_flags(parser)
@@ -76,6 +78,7 @@ def unlearn_command(commands: Any) -> None:
     switch_flags(parser)
     _output_flag(parser, "gets model/, delta/, the mask, settings and losses")
     checkpoint_flags(parser)
+    baseline_flags(parser)
     device_flag(parser)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from pecker_fast.baselines.data import generated
 from pecker_fast.baselines.work import Work
 from pecker_fast.distill_masks import Images, MaskMaker
 from pecker_fast.mask_config import MaskConfig
@@ -32,6 +33,19 @@ class SalUnMasks(MaskMaker):
 
     def _saliency(self, config: MaskConfig, fake_score: Callable[[], nn.Module], images: Images | None) -> Saliency:
         clip_norm = self.work.config.saliency_clip_norm
-        if images is None:
-            raise ValueError("SalUnMasks: expected images of the classes to forget, got none")
-        return compute_saliency(self.generator, self.noise_prediction, images, config.accumulate, clip_norm=clip_norm)
+        batches = self._batches(config) if images is None else images
+        return compute_saliency(self.generator, self.noise_prediction, batches, config.accumulate, clip_norm=clip_norm)
+
+    def _batches(self, config: MaskConfig) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of classes to forget: each given one before any comes again; the model's own where none are given."""
+        work, size = self.work, config.batch_size or self.work.config.forget_samples
+        if "forget" in work.images:
+            yield from work.images["forget"].epochs(config.batches, size)
+        elif work.images:
+            raise ValueError(f"data: the mask is chosen by images of class {work.config.forget}, there are none")
+        else:
+            model, schedule = work.guided(self.true_score, 1.0), self.losses.schedule
+            for _ in range(config.batches):
+                labels = self.draws.forgotten(size)
+                own = generated(model, schedule, work.config, labels, self.draws.rng, self.draws.dtype)
+                yield own.images, own.labels

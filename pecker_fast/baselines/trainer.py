@@ -124,21 +124,7 @@ class Baseline:
         self._check_no_mask()
         self.masks.check(batches, exclude)
         with self.draws.undone_on_failure():
-            images = self._to_look_at() if batches is None else batches
-            return self.use_mask(self.masks.of_generator(_no_fake_score, images, exclude))
-
-    def _to_look_at(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of the saliency pass."""
-        mask, size = self.config.mask, self.config.mask.batch_size or self.config.forget_samples
-        images = self.work.images.get("forget")
-        if images is not None:
-            yield from images.epochs(mask.batches, size)
-            return
-        model = self.work.guided(self.true_score, 1.0)
-        for _ in range(mask.batches):
-            labels = self.draws.forgotten(size)
-            own = generated(model, self.schedule, self.config, labels, self.draws.rng, self.dtype)
-            yield own.images, own.labels
+            return self.use_mask(self.masks.of_generator(_no_fake_score, batches, exclude))
 
     def use_mask(self, mask: BlockMask) -> BlockMask:
         """Train with a given mask, for example one read from a file.

@@ -130,7 +130,7 @@ def distill_config(
     """
     if forget is None:
         forget, override = options.forget_class, getattr(options, "override_class", None)
-    given = _given(options, _DISTILL_FIELDS) | switches(options)
+    given = fields_of(options, _DISTILL_FIELDS) | switches(options)
     if getattr(options, "fake_score_mask", None) == "same":
         given["fake_score_mask"] = "same"
     if getattr(options, "clip_value", None) is not None:
@@ -140,7 +140,7 @@ def distill_config(
         override=None if override is None else tuple(override),
         num_classes=source.num_classes,
         sample_shape=source.sample_shape,
-        mask=MaskConfig(**_given(options, _MASK_FIELDS) | dict(mask or {})),
+        mask=MaskConfig(**mask_settings(options) | dict(mask or {})),
         **dict(defaults or {}) | given,
     )
     check_timesteps(config, source.schedule)
@@ -149,7 +149,7 @@ def distill_config(
 
 def switches(options: argparse.Namespace) -> dict[str, Any]:
     """Preset and switches that were given."""
-    return _given(options, {name: name for name in SWITCH_FLAGS})
+    return fields_of(options, {name: name for name in SWITCH_FLAGS})
 
 
 def forget_batches(folder: Path, source: Source, config: DistillConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -177,6 +177,12 @@ def classes_text(labels: Sequence[int]) -> str:
     return ", ".join(map(str, labels))
 
 
-def _given(options: argparse.Namespace, fields: dict[str, str]) -> dict[str, Any]:
+def mask_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Fields of a mask that were given."""
+    return fields_of(options, _MASK_FIELDS)
+
+
+def fields_of(options: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Field -> value of the flags that were given, by a table of flag -> field."""
     values = {field: getattr(options, flag, None) for flag, field in fields.items()}
     return {field: value for field, value in values.items() if value is not None}

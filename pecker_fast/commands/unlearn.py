@@ -6,7 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from pecker_fast.commands import Outcome, dry_run, judging
+from pecker_fast.baseline_flags import DISTILL
+from pecker_fast.baseline_flags import check_flags as check_method_flags
+from pecker_fast.commands import Outcome, dry_run, judging, unlearn_baseline
 from pecker_fast.commands.earlier import RECORD
 from pecker_fast.commands.requests import Request
 from pecker_fast.commands.resuming import Training
@@ -20,6 +22,12 @@ _WRITES = ("model/", "delta/", "mask.safetensors", "distill_config.json", "metri
 
 
 def run(options: argparse.Namespace) -> Outcome:
+    """Unlearn by the method that the flags ask for."""
+    check_method_flags(options)
+    return distil(options) if options.method == DISTILL else unlearn_baseline.run(options)
+
+
+def distil(options: argparse.Namespace) -> Outcome:
     """Distil with the mask that the flags ask for; the output folder appears only when all of it is there."""
     source = load_source(options.pretrained_model_name_or_path, options.device)
     request = Request.read(options, source)
