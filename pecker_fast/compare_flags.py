@@ -29,7 +29,7 @@ def compare_command(commands: Any) -> None:
         "pecker-fast compare --seeds 0 1 2 --forget_class 7 --output_dir runs/compare\n"
         "  pecker-fast compare --methods all --seeds 0 1 2 3 4 --processes 2 --output_dir runs/compare\n"
         "  pecker-fast compare --pretrained_model_name_or_path teacher --judge judge --train_data_dir cifar10 \\\n"
-        "      --train_resolution 16 --output_dir runs/compare\n\n"
+        "      --output_dir runs/compare\n\n"
         "Without --methods it asks whether saliency beats chance: pecker, random, and sfd, which trains every weight.\n"
         "The same command again goes on where it stopped, and with more methods or seeds does what is missing.",
     )
@@ -75,7 +75,8 @@ def _task_flags(parser: argparse.ArgumentParser) -> None:
     group = "another task than the digits:"
     add("--pretrained_model_name_or_path", type=Path, metavar="DIR", help=f"{group} the diffusion model's folder")
     add("--judge", type=Path, metavar="DIR", help="a classifier's folder, as pecker-fast judge writes it")
-    add("--train_data_dir", type=Path, metavar="PATH", help="what both were trained on four fifths of")
+    add("--train_data_dir", type=Path, metavar="PATH", help="their data, with a train and a test part")
+    add("--max_train_samples", type=positive_int, metavar="N", help="at most so many images of either part")
     add("--train_batch_size", type=positive_int, metavar="N", help="samples of retained classes in each update")
     add("--forget_batch_size", type=positive_int, metavar="N", help="samples of forgotten classes in each update")
     add("--generator_lr", type=positive_float, metavar="X", help="learning rate of distillation that factors multiply")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands import Outcome, comparing, dry_run
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -15,8 +14,11 @@ def run(options: argparse.Namespace) -> Outcome:
     from pecker_fast.compare import tables
     from pecker_fast.compare.harness import Harness
 
+    comparing.check_flags(options)
     known, plan = _known(options), _plan(options)
-    harness = Harness(_task(options), known, plan, options.processes, not options.quiet, options.diagnostics)
+    harness = Harness(
+        partial(comparing.load_task, options), known, plan, options.processes, not options.quiet, options.diagnostics
+    )
     if options.dry_run:
         return _dry_run(options, harness)
     results = harness.run(options.output_dir)
@@ -59,12 +61,6 @@ def _plan(options: argparse.Namespace) -> Any:
         steps=options.max_train_steps,
         samples=options.num,
     )
-
-
-def _task(options: argparse.Namespace) -> Callable[[], Any]:
-    from pecker_fast.compare import task
-
-    return partial(task.digits, options.cache_dir, not options.quiet, options.short)
 
 
 def _dry_run(options: argparse.Namespace, harness: Any) -> Outcome:

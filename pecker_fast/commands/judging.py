@@ -59,7 +59,7 @@ def check_flags(options: argparse.Namespace, source: Source) -> None:
             f"{source.num_classes} of {source.sample_shape}; name a classifier's folder with --judge"
         )
     if options.judge not in (None, "digits"):
-        _load(Path(options.judge), source)
+        load_judge(Path(options.judge), source)
 
 
 def make(options: argparse.Namespace, source: Source, forget: Sequence[int], seed: int) -> Stop | None:
@@ -71,7 +71,7 @@ def make(options: argparse.Namespace, source: Source, forget: Sequence[int], see
     if options.stop_on is None:
         return None
     with torch.random.fork_rng(devices=[]):  # networks that are made draw their weights, and the run is not to notice
-        judge = _digits(options) if options.judge in (None, "digits") else _load(Path(options.judge), source)
+        judge = _digits(options) if options.judge in (None, "digits") else load_judge(Path(options.judge), source)
     device = next(source.model.parameters()).device
     samples = options.stop_samples or MIN_SAMPLES
     check = StopCheck(StopRule.parse(options.stop_on), judge.to(device).eval(), forget, samples=samples, seed=seed)
@@ -84,8 +84,12 @@ def _digits(options: argparse.Namespace) -> nn.Module:
     return first_then_others(options, lambda: digits_task.load_judge(options.cache_dir, progress=not options.quiet))
 
 
-def _load(folder: Path, source: Source) -> nn.Module:
-    """A classifier that judges the model's images."""
+def load_judge(folder: Path, source: Source) -> nn.Module:
+    """A classifier that judges the model's images.
+
+    Raises:
+        FileFormatError: The folder is missing or damaged, or holds another kind of model.
+    """
     if models.load_config(folder)["generation"] is not None:
         raise FileFormatError(f"{folder}: is a model that draws images; --judge takes a classifier's folder")
     judge = models.load(folder)

@@ -1,0 +1,81 @@
+"""What ``pecker-fast compare`` compares on: the digits, or the folders that its flags name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from pecker_fast import models
+from pecker_fast.commands.judging import load_judge
+from pecker_fast.commands.source import load_source
+from pecker_fast.compare.task import Task, digits
+from pecker_fast.data import load_dataset
+
+_FOLDERS = ("pretrained_model_name_or_path", "judge", "train_data_dir")
+_DISTILLATION = {
+    **{
+        name: name
+        for name in ("forget_batch_size", "forget_weight", "ema_decay", "sid_alpha", "t_init", "t_min", "t_max")
+    },
+    "train_batch_size": "batch_size",
+    "lr_warmup_steps": "warmup_steps",
+}
+"""Flag -> field of ``DistillConfig``; the diffusion models take those that ``BaselineConfig`` has too."""
+_BOTH = ("batch_size", "ema_decay", "warmup_steps")
+
+
+def check_flags(options: argparse.Namespace) -> None:
+    """Refuse half of another task, and settings of it without one.
+
+    Raises:
+        ValueError: A flag is missing, or has no say.
+    """
+    given = [name for name in _FOLDERS if getattr(options, name) is not None]
+    if given and len(given) < len(_FOLDERS):
+        absent = next(name for name in _FOLDERS if name not in given)
+        raise ValueError(f"--{absent}: another task than the digits needs {', '.join(f'--{n}' for n in _FOLDERS)}")
+    if not given:
+        for name in (*_DISTILLATION, "generator_lr", "learning_rate", "retrain_steps", "max_train_samples"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name}: the digits have settings of their own; it is for a task of your own")
+
+
+def load_task(options: argparse.Namespace) -> Task:
+    """The task, in every process that works on it.
+
+    Raises:
+        FileFormatError: A folder is missing or damaged, or holds something else.
+        ValueError: Networks and data do not fit together.
+    """
+    if options.pretrained_model_name_or_path is None:
+        return digits(options.cache_dir, not options.quiet, options.short)
+    source = load_source(options.pretrained_model_name_or_path, options.device)
+    device = next(source.model.parameters()).device
+    size, limit = source.sample_shape[1], options.max_train_samples
+    train, held_out = (
+        load_dataset(options.train_data_dir, image_size=size, channels=source.sample_shape[0], split=split, limit=limit)
+        for split in ("train", "test")
+    )
+    for data in (train, held_out):
+        if tuple(data.images.shape[1:]) != source.sample_shape or len(data.class_names) != source.num_classes:
+            raise ValueError(
+                f"{options.train_data_dir}: expected {source.num_classes} classes of {source.sample_shape}, as the "
+                f"model has, got {len(data.class_names)} of {tuple(data.images.shape[1:])}"
+            )
+    given = {field: getattr(options, flag) for flag, field in _DISTILLATION.items()}
+    distillation: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    steps = models.load_config(options.pretrained_model_name_or_path)["generation"]["steps"]
+    return Task(
+        name=options.train_data_dir.name,
+        true_score=source.model,
+        schedule=source.schedule,
+        judge=load_judge(options.judge, source).to(device).eval(),
+        train=train,
+        held_out=held_out,
+        distillation=distillation,
+        diffusion={name: distillation[name] for name in _BOTH if name in distillation} | {"sampling_steps": steps},
+        retrain={},
+        distillation_lr=options.generator_lr or 1e-5,
+        diffusion_lr=options.learning_rate or 1e-4,
+        retrain_steps=options.retrain_steps or 1000,
+    )
