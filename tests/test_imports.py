@@ -10,8 +10,8 @@ import pecker_fast
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
-    ["checkpoint", "blocks", "data", "regions", "settings", "step_metrics"],
-    ["mask_config"],
+    ["checkpoint", "blocks", "regions", "settings", "step_metrics"],
+    ["mask_config", "data"],
     ["config", "distributed", "scatter", "schedule", "manifest"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms"],
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
