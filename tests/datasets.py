@@ -45,15 +45,10 @@ def published_pickle(pixels, labels):
         return b"K" + bytes([value]) if value < 256 else b"M" + struct.pack("<H", value)
 
     raw = np.ascontiguousarray(pixels).tobytes()
-    array = (
-        b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85" + short(b"b") + b"\x87Rq\x03"
-        b"(K\x01" + number(len(labels)) + number(3072) + b"\x86cnumpy\ndtype\nq\x04" + short(b"u1") + b"K\x00K\x01\x87R"
-        b"(K\x03"
-        + short(b"|")
-        + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
-        + struct.pack("<I", len(raw))
-        + raw
-    ) + b"tb"
+    start = b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03(K\x01"
+    shape = number(len(labels)) + number(3072) + b"\x86"
+    dtype = b"cnumpy\ndtype\nq\x04U\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = start + shape + dtype + b"\x89T" + struct.pack("<I", len(raw)) + raw + b"tb"
     numbers = b"](" + b"".join(number(int(label)) for label in labels) + b"e"
     files = b"](" + b"".join(short(b"image_%d.png" % i) for i in range(len(labels))) + b"e"
     items = short(b"batch_label") + short(b"training batch 1 of 5") + short(b"labels") + numbers

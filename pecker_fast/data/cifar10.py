@@ -107,9 +107,10 @@ def _lines(file: Path) -> list[str]:
 
 
 def _names(file: Path, names: Any) -> tuple[str, ...]:
-    texts = [name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in names or ()]
+    listed = names if isinstance(names, list) else []
+    texts = [name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in listed]
     if len(texts) != len(NAMES) or not all(isinstance(text, str) for text in texts):
-        raise FileFormatError(f"{file}: expected the names of {len(NAMES)} classes, got {len(texts)}")
+        raise FileFormatError(f"{file}: expected the names of {len(NAMES)} classes, got {_described(names)}")
     return checked_names(file, np.empty(0, np.int64), texts)
 
 
