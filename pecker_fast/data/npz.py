@@ -97,6 +97,8 @@ def read_arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
 def _check_size(file: Path, member: zipfile.ZipInfo) -> None:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise FileFormatError(f"{file}: {member.filename} is neither stored nor deflated; write it with numpy.savez")
+    if member.comment:  # where a damaged directory hides its later entries
+        raise FileFormatError(f"{file}: {member.filename} has a comment, which numpy does not write; is it damaged?")
     size, packed = member.file_size, member.compress_size
     if size > MAX_BYTES or size > max(_FREE, _MAX_RATIO * packed):
         raise FileFormatError(

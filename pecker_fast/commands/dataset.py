@@ -1,0 +1,32 @@
+"""Data sets that commands are given, checked against the model that they are for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pecker_fast.data import ImageData, load_dataset
+from pecker_fast.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from pecker_fast.commands.source import Source
+
+
+def load_images(path: Path, source: Source) -> ImageData:
+    """Read the images of a model's classes, in the model's size and channels.
+
+    Args:
+        path: Whatever `pecker_fast.data.load_dataset` reads.
+        source: The model; only ``sample_shape`` and ``num_classes`` are looked at.
+
+    Raises:
+        FileFormatError: The data are missing or damaged, or their classes are not the model's.
+        ValueError: The images cannot be averaged to the model's size.
+    """
+    channels, size, _ = source.sample_shape
+    data = load_dataset(path, image_size=size, channels=channels)
+    if len(data.class_names) != source.num_classes:
+        raise FileFormatError(
+            f"{path}: expected each of the model's {source.num_classes} classes, got {len(data.class_names)}"
+        )
+    return data
