@@ -14,19 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pecker_fast import distilled, models, pretrain
+from pecker_fast import distilled, evaluation, models, pretrain
 from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.config import DistillConfig
 from pecker_fast.data import ImageData, load_digits
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.mask_config import MaskConfig
-from pecker_fast.metrics import (
-    FeatureStatistics,
-    frechet_distance,
-    retain_accuracy,
-    unlearning_accuracy,
-    wilson_interval,
-)
 from pecker_fast.models import DDPMUNet, DigitsClassifier
 from pecker_fast.schedule import NoiseSchedule
 
@@ -140,37 +133,11 @@ def _folder(name: str, settings: dict[str, Any], cache_dir: Path | None) -> Path
     return (cache_dir or default_cache_dir()) / f"digits-{name}-{key}"
 
 
-@torch.no_grad()
 def evaluate_images(
     images: Tensor, labels: Tensor, judge: DigitsClassifier, data: ImageData, forget: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Judge generated images.
-
-    Args:
-        images: (N, 1, 8, 8), about [-1, 1].
-        labels: Digits they were asked for, (N,).
-        judge: The classifier.
-        data: Real digits to compare with.
-        forget: The forgotten digits.
-
-    Returns:
-        "unlearning_accuracy" with its 95 % interval "unlearning_accuracy_ci95", "retain_accuracy", and
-        "frechet_distance" of the retained digits to the real ones in the judge's features (not FID).
-    """
-    features = judge.features(images.clamp(-1, 1))
-    predictions = judge.head(features).argmax(1)
-    forgotten = torch.isin(labels, torch.tensor(forget))
-    unlearned = unlearning_accuracy(predictions[forgotten], forget)
-    count = int(forgotten.sum())
-    generated, real = FeatureStatistics(), FeatureStatistics()
-    generated.update(features[~forgotten])
-    real.update(judge.features(data.images[~torch.isin(data.labels, torch.tensor(forget))]))
-    return {
-        "unlearning_accuracy": unlearned,
-        "unlearning_accuracy_ci95": list(wilson_interval(round(unlearned * count), count)),
-        "retain_accuracy": retain_accuracy(predictions[~forgotten], labels[~forgotten]),
-        "frechet_distance": frechet_distance(generated, real),
-    }
+    """Judge generated digits, (N, 1, 8, 8); see `pecker_fast.evaluation.evaluate_images`."""
+    return evaluation.evaluate_images(images, labels, judge, data, forget)
 
 
 @dataclass(frozen=True)

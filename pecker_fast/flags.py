@@ -179,6 +179,17 @@ def positive_float(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0, below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0, below 1, got {text!r}")
+    return value
+
+
 def region(text: str) -> Region:
     """A region's name, or prefixes of weights' names."""
     if text in ("all", "encoder", "middle", "decoder"):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pecker_fast
 from pecker_fast.compare_flags import compare_command
+from pecker_fast.data_flags import data_flags, judge_command, size_flags
 from pecker_fast.delta_flags import delta_command
 from pecker_fast.distill_flags import distill_command, fake_score_mask_flag, unlearn_command
 from pecker_fast.flags import (
@@ -24,6 +25,7 @@ from pecker_fast.flags import (
     positive_float,
     positive_int,
     seed,
+    share,
     source_flag,
     switch_flags,
 )
@@ -34,18 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pecker-fast", description="Make a diffusion model forget, and show what it forgot.")
     parser.add_argument("--version", action="version", version=f"pecker_fast {pecker_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        _demo,
-        _pretrain,
-        _mask,
-        distill_command,
-        unlearn_command,
-        _sample,
-        _evaluate,
-        compare_command,
-        delta_command,
-        _doctor,
-    ):
+    adds = (_demo, _pretrain, judge_command, _mask, distill_command, unlearn_command, _sample, _evaluate)
+    for add in (*adds, compare_command, delta_command, _doctor):
         add(commands)
     return parser
 
@@ -76,15 +68,11 @@ def _pretrain(commands: Any) -> None:
         "train a small class-conditional diffusion model",
         "pecker-fast pretrain --train_data_dir shapes --resolution 16 --output_dir teacher",
     )
+    data_flags(parser, "CIFAR-10, STL-10, parquet, npz or DIR/<class>/*.png (the built-in digits)")
+    size_flags(parser)
     add = parser.add_argument
-    add("--train_data_dir", type=Path, metavar="DIR", help="DIR/<class>/*.png (the built-in digits)")
-    add(
-        "--resolution",
-        type=positive_int,
-        metavar="N",
-        help="height and width of the images, needed with a folder",
-    )
-    add("--channels", type=int, choices=(1, 3), default=3, help="grey or RGB images of a folder (3)")
+    add("--num_res_blocks", type=positive_int, metavar="N", help="residual blocks a level (1)")
+    add("--class_dropout", type=share, default=0.0, metavar="X", help="share of labels left out (0)")
     add("--width", type=positive_int, default=16, metavar="N", help="channels of the first level (16)")
     add("--max_train_steps", type=positive_int, default=1200, metavar="N", help="(1200)")
     add("--train_batch_size", type=positive_int, default=128, metavar="N", help="(128)")
@@ -115,7 +103,7 @@ def _mask(commands: Any) -> None:
     mask_flags(parser, ("saliency", "random", "complement", "layer_random"))
     parser.add_argument("--forget_batch_size", type=positive_int, metavar="N", help="images of a batch of the pass")
     parser.add_argument("--t_init", type=int, metavar="T", help="timestep of the one-step samples it looks at")
-    parser.add_argument("--train_data_dir", type=Path, metavar="DIR", help="look at DIR/<class>/*.png instead")
+    parser.add_argument("--train_data_dir", type=Path, metavar="DIR", help="look at real images instead")
     parser.add_argument("--seed", type=seed, metavar="N", help="of the samples, or of the random mask")
     parser.add_argument(
         "--output_file",
@@ -153,13 +141,16 @@ def _evaluate(commands: Any) -> None:
     parser = new_command(
         commands,
         "evaluate",
-        "judge a model of the digits, or images of them",
-        "pecker-fast evaluate --model out/model --forget_class 3",
+        "judge a model or its images",
+        "pecker-fast evaluate --model out/model --forget_class 3\n"
+        "  pecker-fast evaluate --model out/model --forget_class 0 --judge judge --train_data_dir shapes",
     )
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--model", type=Path, metavar="DIR", help="a model folder")
     subject.add_argument("--images", type=Path, metavar="FILE", help="npz that pecker-fast sample wrote")
     forget_flag(parser)
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="a classifier's folder (the judge of the digits)")
+    data_flags(parser, "real images to compare with, for --judge")
     parser.add_argument("--num", type=positive_int, default=100, metavar="N", help="images of each class (100)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
     cache_flags(parser)

@@ -13,7 +13,7 @@ from pecker_fast import BlockMask, NoiseSchedule, models, saliency
 from pecker_fast.cli import main
 from pecker_fast.models import DDPMUNet, DigitsClassifier
 
-COMMANDS = ("demo", "pretrain", "mask", "distill", "unlearn", "sample", "evaluate", "delta", "doctor")
+COMMANDS = ("demo", "pretrain", "judge", "mask", "distill", "unlearn", "sample", "evaluate", "delta", "doctor")
 DDIM = {"kind": "ddim", "steps": 2, "schedule": NoiseSchedule.linear().to_dict(), "sample_shape": [1, 8, 8]}
 QUICK = (
     "--max_train_steps",
@@ -162,8 +162,11 @@ def test_mask_and_pretrain_from_given_images(here, teacher, capsys):
     size = ("--resolution", "8", "--channels", "1", "--max_train_steps", "1", "--width", "4")
     assert main(["pretrain", *size, *data, "--output_dir", "new"]) == 0
     capsys.readouterr()
-    assert main(["pretrain", *data, "--output_dir", "newer"]) == 2
-    assert "--resolution" in _error(capsys, "pretrain")
+    assert main(["pretrain", *size[2:], *data, "--output_dir", "newer"]) == 0  # the images say how large they are
+    assert models.load_config("newer") == models.load_config("new")
+    capsys.readouterr()
+    assert main(["pretrain", "--resolution", "5", *data, "--output_dir", "newest"]) == 2
+    assert "must be one of 8, 4" in _error(capsys, "pretrain")
 
 
 def test_samples_depend_on_the_seed_alone(here, teacher):

@@ -1,26 +1,29 @@
-"""The labelled images that a command trains on."""
+"""Data sets that commands are given, checked against the model that they are for."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pecker_fast.commands.source import Source
-from pecker_fast.data import ImageData, load_digits, load_image_folder
+from pecker_fast.data import ImageData, load_dataset, load_digits
 from pecker_fast.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from pecker_fast.commands.source import Source
 
 _DIGITS = ((1, 8, 8), 10)
 
 
 def load_images(path: Path | None, source: Source) -> ImageData:
-    """Images as the model of ``source`` draws them, with its classes.
+    """Read the images of a model's classes, in the model's size and channels.
 
     Args:
-        path: Where they are; None takes the digits, for a model of digits.
-        source: The model.
+        path: Whatever `pecker_fast.data.load_dataset` reads; None takes the digits, for a model of digits.
+        source: The model; only ``sample_shape`` and ``num_classes`` are looked at.
 
     Raises:
-        FileFormatError: They cannot be read, or their classes are not the model's.
-        ValueError: No path, and a model of something else than digits.
+        FileFormatError: The data are missing or damaged, or their classes are not the model's.
+        ValueError: The images cannot be averaged to the model's size; or no path, and a model of something else.
     """
     if path is None:
         if (source.sample_shape, source.num_classes) != _DIGITS:
@@ -30,10 +33,9 @@ def load_images(path: Path | None, source: Source) -> ImageData:
             )
         return load_digits()
     channels, size, _ = source.sample_shape
-    data = load_image_folder(path, image_size=size, channels=channels)
+    data = load_dataset(path, image_size=size, channels=channels)
     if len(data.class_names) != source.num_classes:
         raise FileFormatError(
-            f"{path}: expected one folder for each of the model's {source.num_classes} classes, "
-            f"got {len(data.class_names)}"
+            f"{path}: expected each of the model's {source.num_classes} classes, got {len(data.class_names)}"
         )
     return data

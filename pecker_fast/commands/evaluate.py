@@ -1,37 +1,49 @@
-"""``pecker-fast evaluate``: what the judge of the digits makes of a model or of its images."""
+"""``pecker-fast evaluate``: what a judge makes of a model or of its images."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pecker_fast import models
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.files import read_images
 from pecker_fast.commands.sample import check_classes, draw, generative_config
 from pecker_fast.commands.source import torch_device
+from pecker_fast.data import ImageData, load_dataset
 from pecker_fast.errors import FileFormatError
+from pecker_fast.evaluation import Judge, evaluate_images
+from pecker_fast.models import DigitsClassifier, ImageClassifier
 
-_SHAPE, _CLASSES = (1, 8, 8), 10
+_DIGITS = ((1, 8, 8), 10)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is judged: images of this shape and so many classes."""
+
+    shape: tuple[int, int, int]
+    classes: int
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Print unlearning accuracy, retain accuracy and Fréchet distance."""
-    from pecker_fast import digits_task
-
-    check_classes("--forget_class", options.forget_class, _CLASSES)
+    _check_flags(options)
+    judge = None if options.judge is None else _load_judge(options.judge)
+    task = _Task(*_DIGITS) if judge is None else _task(judge)
+    check_classes("--forget_class", options.forget_class, task.classes)
     if options.dry_run:
-        cache = options.cache_dir or digits_task.default_cache_dir()
-        subject = str(options.model or options.images)
-        return dry_run(
-            {"subject": subject, "forget_class": options.forget_class, "num": options.num}, {}, [f"{cache}/"]
-        )
-    images, labels = _images(options)
-    _check_labels(options, labels)
-    judge = digits_task.load_judge(options.cache_dir, progress=not options.quiet, short=options.short)
-    values = digits_task.evaluate_images(images, labels, judge, digits_task.load_data(), tuple(options.forget_class))
+        return _planned(options)
+    images, labels = _images(options, task)
+    _check_labels(options, labels, task.classes)
+    judge, real = _digits(options) if judge is None else (judge, _real(options, task))
+    device = torch_device(options.device)
+    values = evaluate_images(images.to(device), labels, cast(Judge, judge.to(device)), real, options.forget_class)
     low, high = values["unlearning_accuracy_ci95"]
     text = (
         f"unlearning accuracy  {values['unlearning_accuracy']:.1%}  [95 % CI {low:.1%}, {high:.1%}]\n"
@@ -41,26 +53,80 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome({"images": len(images), "forget_class": options.forget_class, **values}, text)
 
 
-def _images(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+def _check_flags(options: argparse.Namespace) -> None:
+    if options.judge is not None and options.train_data_dir is None:
+        raise ValueError("--judge: compares with real images; name them with --train_data_dir")
+    if options.judge is None and options.train_data_dir is not None:
+        raise ValueError("--train_data_dir: the judge of the digits knows nothing else; name another with --judge")
+
+
+def _planned(options: argparse.Namespace) -> Outcome:
+    from pecker_fast import digits_task
+
+    settings = {"subject": str(options.model or options.images), "forget_class": options.forget_class}
+    settings |= {"num": options.num, "judge": "digits" if options.judge is None else str(options.judge)}
+    cache = options.cache_dir or digits_task.default_cache_dir()
+    return dry_run(settings, {}, [f"{cache}/"] if options.judge is None else [])
+
+
+def _load_judge(folder: Path) -> nn.Module:
+    """The classifier in a folder.
+
+    Raises:
+        FileFormatError: The folder is missing or damaged, or holds no classifier.
+    """
+    judge = models.load(folder)
+    if not isinstance(judge, DigitsClassifier | ImageClassifier):
+        raise FileFormatError(f"{folder}: is a model that draws images; --judge takes a classifier's folder")
+    return judge
+
+
+def _task(judge: nn.Module) -> _Task:
+    """What a judge was made for."""
+    config = cast(dict[str, Any], judge.config)
+    return _Task((config["channels"], config["image_size"], config["image_size"]), config["num_classes"])
+
+
+def _digits(options: argparse.Namespace) -> tuple[nn.Module, ImageData]:
+    from pecker_fast import digits_task
+
+    judge = digits_task.load_judge(options.cache_dir, progress=not options.quiet, short=options.short)
+    return judge, digits_task.load_data()
+
+
+def _real(options: argparse.Namespace, task: _Task) -> ImageData:
+    channels, size, _ = task.shape
+    real = load_dataset(
+        options.train_data_dir, image_size=size, channels=channels, split=options.split, format=options.data_format
+    )
+    if len(real.class_names) != task.classes:
+        raise FileFormatError(
+            f"{options.train_data_dir}: expected the judge's {task.classes} classes, got {len(real.class_names)}"
+        )
+    return real
+
+
+def _images(options: argparse.Namespace, task: _Task) -> tuple[Tensor, Tensor]:
     if options.images is not None:
-        return read_images(options.images, _SHAPE)
+        return read_images(options.images, task.shape)
     config = generative_config(options.model)
     shape, classes = tuple(config["generation"]["sample_shape"]), config["architecture"]["num_classes"]
-    if shape != _SHAPE or classes != _CLASSES:
+    if (shape, classes) != (task.shape, task.classes):
+        judge = "the judge of the digits" if options.judge is None else f"the judge {options.judge}"
         raise FileFormatError(
-            f"{options.model}: expected a model of the digits, {_CLASSES} classes of {_SHAPE}, "
-            f"got {classes} of {shape}; for other images use pecker_fast.metrics with a judge of your own"
+            f"{options.model}: expected a model that fits {judge}, {task.classes} classes of {task.shape}, "
+            f"got {classes} of {shape}; name a judge for its images with --judge (pecker-fast judge trains one)"
         )
-    labels = torch.arange(_CLASSES).repeat_interleave(options.num)
+    labels = torch.arange(classes).repeat_interleave(options.num)
     model = models.load(options.model).to(torch_device(options.device))
     return draw(model, config["generation"], labels, options.seed), labels
 
 
-def _check_labels(options: argparse.Namespace, labels: Tensor) -> None:
+def _check_labels(options: argparse.Namespace, labels: Tensor, classes: int) -> None:
     """There must be something to measure on both sides."""
     subject = options.images or options.model
-    if not 0 <= int(labels.min()) <= int(labels.max()) < _CLASSES:
-        raise FileFormatError(f"{subject}: expected labels 0 to {_CLASSES - 1}, got {labels.min()} to {labels.max()}")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise FileFormatError(f"{subject}: expected labels 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
     forgotten = torch.isin(labels, torch.tensor(options.forget_class))
     if not bool(forgotten.any()) or int((~forgotten).sum()) < 2:
         raise ValueError(

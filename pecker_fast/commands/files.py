@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from pecker_fast.data.npz import read_npz
 from pecker_fast.errors import FileFormatError
 
 Pixels = npt.NDArray[np.uint8]
@@ -89,22 +88,16 @@ def read_images(file: Path, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor
     Raises:
         FileFormatError: The file is missing, truncated, or holds something else.
     """
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            pixels, labels = arrays["images"], arrays["labels"]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    stored = read_npz(file)
+    if stored.shape != tuple(sample_shape):
+        channels, height, width = sample_shape
+        got, high, wide = stored.shape
         raise FileFormatError(
-            f"{file}: cannot be read as an npz with images and labels ({error}); write one with pecker-fast sample"
-        ) from error
-    channels, height, width = sample_shape
-    expected = f"images (N, {height}, {width}, {channels}) uint8 and labels (N,) int64"
-    fits = pixels.shape[1:] == (height, width, channels) and pixels.dtype == np.uint8 and len(pixels) > 0
-    if not fits or labels.shape != pixels.shape[:1] or labels.dtype != np.int64:
-        raise FileFormatError(
-            f"{file}: expected {expected}, got {pixels.shape} {pixels.dtype} and {labels.shape} {labels.dtype}"
+            f"{file}: expected images (N, {height}, {width}, {channels}), got (N, {high}, {wide}, {got}); "
+            "draw them with pecker-fast sample from a model of that size"
         )
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-    return images, torch.from_numpy(labels)
+    data = stored.load()
+    return data.images, data.labels
 
 
 def _write_grid(file: Path, pixels: Pixels, columns: int) -> None:

@@ -11,15 +11,18 @@ from pecker_fast import models
 from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.source import torch_device
-from pecker_fast.data import ImageData, load_digits, load_image_folder
+from pecker_fast.commands.training_data import load_training_data
+from pecker_fast.data import ImageData
 from pecker_fast.models import DDPMUNet
 from pecker_fast.pretrain import train_denoiser
 from pecker_fast.schedule import NoiseSchedule
 
+_SMALL = 8
+
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Train a model on a folder of images, or on the digits, and save its folder."""
-    data = _load(options)
+    """Train a model on a data set, or on the digits, and save its folder."""
+    data = load_training_data(options)
     architecture = _architecture(options, data)
     schedule = NoiseSchedule.linear(options.num_train_timesteps)
     generation = {
@@ -36,6 +39,7 @@ def run(options: argparse.Namespace) -> Outcome:
         "steps": options.max_train_steps,
         "batch_size": options.train_batch_size,
         "learning_rate": options.learning_rate,
+        "class_dropout": options.class_dropout,
         "seed": options.seed,
     }
     parameters = {"model": sum(parameter.numel() for parameter in model.parameters())}
@@ -49,21 +53,27 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome({"output_dir": str(options.output_dir), "parameters": parameters, **summary})
 
 
-def _load(options: argparse.Namespace) -> ImageData:
-    if options.train_data_dir is None:
-        if options.resolution not in (None, 8):
-            raise ValueError(
-                f"--resolution: the built-in digits are 8x8, got {options.resolution}; give --train_data_dir"
-            )
-        return load_digits()
-    if options.resolution is None:
-        raise ValueError("--resolution: expected the height and width of the images in --train_data_dir, got none")
-    return load_image_folder(options.train_data_dir, image_size=options.resolution, channels=options.channels)
-
-
 def _architecture(options: argparse.Namespace, data: ImageData) -> dict[str, Any]:
-    """The small network of the digits, for images of this size and number of classes."""
+    """The network of the digits up to 8x8, and above it a level for each halving down to 4, as published ones have."""
     with torch.device("meta"):
         config = DDPMUNet.digits(options.width).config
     _, channels, size, _ = data.images.shape
-    return {**config, "image_size": size, "channels": channels, "num_classes": len(data.class_names)}
+    config |= {"image_size": size, "channels": channels, "num_classes": len(data.class_names)}
+    if options.num_res_blocks is not None:
+        config["num_res_blocks"] = options.num_res_blocks
+    if size <= _SMALL:
+        return config
+    sizes = _level_sizes(size)
+    return config | {
+        "channel_mult": [1, 2, 2, 2, 4][: len(sizes)],
+        "attention_resolutions": [max(below)] if (below := [side for side in sizes[1:] if side <= 16]) else [],
+        "norm_groups": max(8, options.width // 4),
+    }
+
+
+def _level_sizes(size: int) -> list[int]:
+    """Heights of the feature maps: 32 gives 32, 16, 8, 4; at most five."""
+    sizes = [size]
+    while len(sizes) < 5 and sizes[-1] % 2 == 0 and sizes[-1] >= 8:
+        sizes.append(sizes[-1] // 2)
+    return sizes

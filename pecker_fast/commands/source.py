@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import models
+from pecker_fast.commands.dataset import load_images
 from pecker_fast.config import SWITCHES, DistillConfig
-from pecker_fast.data import load_image_folder
 from pecker_fast.draws import check_timesteps
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask_config import MaskConfig
@@ -157,14 +157,9 @@ def forget_batches(folder: Path, source: Source, config: DistillConfig) -> Itera
 
     Raises:
         FileFormatError: The folder is empty, or its classes are not the model's.
+        ValueError: The images cannot be averaged to the model's size.
     """
-    channels, size, _ = source.sample_shape
-    data = load_image_folder(folder, image_size=size, channels=channels)
-    if len(data.class_names) != source.num_classes:
-        raise FileFormatError(
-            f"{folder}: expected one folder for each of the model's {source.num_classes} classes, "
-            f"got {len(data.class_names)}"
-        )
+    data = load_images(folder, source)
     chosen = torch.isin(data.labels, torch.tensor(config.forget)).nonzero().flatten()
     generator = torch.Generator().manual_seed(config.seed)
     size = config.forget_samples

@@ -1,25 +1,27 @@
 """Image folders: ``root/<class name>/*.png`` (or jpg), class indices in the order of the sorted names."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from pecker_fast.data import pictures
+from pecker_fast.data.files import check_sums
 from pecker_fast.data.images import ImageData
+from pecker_fast.data.stored import BLOCK, Indices, Pixels, StoredImages
 from pecker_fast.errors import FileFormatError
 
 _SUFFIXES = {".png", ".jpg", ".jpeg"}
-_PILLOW_MODES = {1: "L", 3: "RGB"}
-# 8 bits a channel. Pillow would clip or reinterpret others (16-bit grey, CMYK) without saying so.
-_READABLE_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 
 
 def load_image_folder(path: str | Path, *, image_size: int, channels: int = 3) -> ImageData:
     """Read every image below ``path``, one folder a class.
 
-    Images are not resized: which filter was used changes Frechet distances, so that is left to the user.
-    Transparency is dropped, hidden folders and other files are ignored.
+    Images are not resized: which filter was used changes Frechet distances, so that is left to the user
+    (`pecker_fast.data.load_dataset` averages boxes where asked). Transparency is dropped, hidden folders and other
+    files are ignored.
 
     Args:
         path: Folder with one subfolder per class.
@@ -34,21 +36,66 @@ def load_image_folder(path: str | Path, *, image_size: int, channels: int = 3) -
         ValueError: ``channels`` is neither 1 nor 3.
         ImportError: Pillow is not installed.
     """
-    if channels not in _PILLOW_MODES:
+    if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
-    root = Path(path)
-    classes = _class_folders(root)
-    images, labels = [], []
-    for label, folder in enumerate(classes):
-        for file in _image_files(folder):
-            images.append(_read_image(file, image_size, _PILLOW_MODES[channels]))
-            labels.append(label)
-    pixels = torch.stack(images).permute(0, 3, 1, 2).contiguous()
-    names = tuple(folder.name for folder in classes)
-    return ImageData(pixels.float().div_(127.5).sub_(1), torch.tensor(labels, dtype=torch.int64), names)
+    return read_folder(Path(path), shape=(channels, image_size, image_size)).load()
+
+
+def read_folder(
+    root: Path,
+    *,
+    shape: tuple[int, int, int] | None = None,
+    base: Path | None = None,
+    checksums: Mapping[str, str] | None = None,
+) -> StoredImages:
+    """Find every image below ``root``; they are decoded when they are read.
+
+    Args:
+        root: Folder with one subfolder per class.
+        shape: (C, H, W) of every image; None takes the size of the first, and one channel if all are grey.
+        base: What names of checksums are relative to; None takes ``root``.
+        checksums: Name -> SHA-256; None takes those of ``SHA256SUMS`` if it is there.
+
+    Raises:
+        FileFormatError: The folder is missing or empty, an image is unreadable or of another size, or a checksum
+            differs.
+        ImportError: Pillow is not installed.
+    """
+    folders = _class_folders(root)
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, folder in enumerate(folders):
+        own = _image_files(folder)
+        files += own
+        labels += [label] * len(own)
+    check_sums(base or root, files, checksums)
+    shape = shape or _common_shape(files)
+
+    def read(indices: Indices) -> Iterator[Pixels]:
+        for start in range(0, len(indices), BLOCK):
+            block = [files[index] for index in indices[start : start + BLOCK]]
+            yield np.stack([pictures.decode(str(file), pictures.opener_of(file), shape) for file in block])
+
+    return StoredImages(root, shape, np.array(labels, dtype=np.int64), tuple(f.name for f in folders), read)
+
+
+def class_roots(root: Path, split: str) -> list[Path]:
+    """Folders of class folders: ``train`` and ``test`` below ``root`` as the split says, or ``root`` itself."""
+    names = {folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
+    if not names:
+        return []
+    if "train" not in names or not names <= {"train", "test", "val", "validation"}:
+        return [] if split == "test" else [root]
+    wanted = ("train", "test") if split == "all" else (split,)
+    return [root / name for name in wanted if name in names]
 
 
 def _class_folders(root: Path) -> list[Path]:
+    """Subfolders by name, hidden ones left out.
+
+    Raises:
+        FileFormatError: There are none.
+    """
     if not root.is_dir():
         raise FileFormatError(f"{root}: no such folder; expected one subfolder per class")
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -64,31 +111,7 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_image(file: Path, image_size: int, mode: str) -> Tensor:
-    """Read one file as (H, W, C) uint8."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "reading images needs Pillow, which is not installed; run: pip install pecker_fast[demo]"
-        ) from error
-    try:
-        with Image.open(file) as image:
-            # Both are known from the header: nothing large or strange is ever decoded.
-            _check_header(file, image.size, image.mode, image_size)
-            pixels = np.array(image.convert(mode))
-    except FileFormatError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FileFormatError(f"{file}: not a readable image ({error}); replace or remove it") from error
-    return torch.from_numpy(pixels).view(image_size, image_size, -1)
-
-
-def _check_header(file: Path, size: tuple[int, int], mode: str, image_size: int) -> None:
-    if size != (image_size, image_size):
-        raise FileFormatError(
-            f"{file}: expected {image_size}x{image_size} pixels, got {size[0]}x{size[1]}; "
-            "resize the images first or pass another image_size"
-        )
-    if mode not in _READABLE_MODES:
-        raise FileFormatError(f"{file}: expected 8-bit grey or RGB, got mode {mode!r}; convert it first")
+def _common_shape(files: list[Path]) -> tuple[int, int, int]:
+    """Size of the first, which the others must have when they are decoded; colour if any has it."""
+    shapes = [pictures.shape_of(str(file), pictures.opener_of(file)) for file in files]
+    return max(channels for channels, _, _ in shapes), *shapes[0][1:]

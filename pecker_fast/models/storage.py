@@ -29,6 +29,7 @@ from pecker_fast.errors import FileFormatError
 from pecker_fast.maskable import STORE
 from pecker_fast.models.classifier import DigitsClassifier
 from pecker_fast.models.ddpm import DDPMUNet
+from pecker_fast.models.resnet import ImageClassifier
 from pecker_fast.sampling import ddim_sample, one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 
@@ -39,14 +40,16 @@ DELTAS_ATTRIBUTE = "_pecker_deltas"
 """Where a module keeps the content of that file."""
 FORMAT_VERSION = 1
 
-_CLASSES: dict[str, type[nn.Module]] = {"DDPMUNet": DDPMUNet, "DigitsClassifier": DigitsClassifier}
+_CLASSES: dict[str, type[nn.Module]] = {
+    network.__name__: network for network in (DDPMUNet, DigitsClassifier, ImageClassifier)
+}
 
 
 def save(model: nn.Module, folder: StrPath, generation: Mapping[str, Any] | None = None) -> None:
     """Write a model folder, complete or not at all (see `pecker_fast.checkpoint.atomic_folder`).
 
     Args:
-        model: A `DDPMUNet` or `DigitsClassifier`, in any dtype and on any device.
+        model: A `DDPMUNet`, `DigitsClassifier` or `ImageClassifier`, in any dtype and on any device.
         folder: Where to; an older folder is replaced.
         generation: How to sample from the model, as in this module's docstring; None for a classifier.
 

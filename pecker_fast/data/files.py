@@ -1,0 +1,98 @@
+"""Files of a data set: mapped into memory, and held against the checksums that lie beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pecker_fast.errors import FileFormatError
+
+SUMS_NAME = "SHA256SUMS"
+MAX_BYTES = 1 << 34
+"""Pixels that a data set may have, 16 GiB: beyond it lies damage, not data for one machine."""
+
+
+def map_file(file: Path) -> npt.NDArray[np.uint8]:
+    """The bytes of a file, (N,) uint8, read when they are looked at.
+
+    Raises:
+        FileFormatError: The file is missing, empty or unreadable.
+    """
+    try:
+        return np.memmap(file, dtype=np.uint8, mode="r")
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        reason = error.strerror if isinstance(error, OSError) else "it is empty"
+        raise FileFormatError(f"{file}: cannot be read ({reason})") from error
+
+
+def check_sums(root: Path, files: Iterable[Path], checksums: Mapping[str, str] | None) -> None:
+    """Hold files against their SHA-256: those of ``checksums``, or of ``root/SHA256SUMS`` if that exists.
+
+    Args:
+        root: What the names are relative to.
+        files: The files that will be read, below ``root``.
+        checksums: Name -> hexadecimal digest.
+
+    Raises:
+        FileFormatError: A digest differs, or a file has none: a list that is there is to be complete.
+    """
+    listed = root / SUMS_NAME
+    if checksums is None:
+        if not listed.is_file():
+            return
+        checksums = _read_sums(listed)
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        if name not in checksums:
+            raise FileFormatError(f"{file}: has no SHA-256 in {SUMS_NAME} (or checksums); add it there")
+        digest = _digest(file)
+        if digest != checksums[name].lower():
+            raise FileFormatError(
+                f"{file}: SHA-256 is {digest}, expected {checksums[name].lower()}; the file is damaged or another one"
+            )
+
+
+def natural(files: Iterable[Path]) -> list[Path]:
+    """Files by name, with 2 before 10."""
+    return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in _parts(file.name)])
+
+
+def _parts(name: str) -> list[str]:
+    """Text and numbers, in turn."""
+    return re.split("([0-9]+)", name)
+
+
+def of_split(files: list[Path], split: str) -> list[Path]:
+    """Files whose names begin with the split; all of them are "train" if none begins with a split's name."""
+    if not any(file.name.startswith(("train", "test", "val")) for file in files):
+        return [] if split == "test" else files
+    wanted = ("train", "test") if split == "all" else (split,)
+    return [file for name in wanted for file in files if file.name.startswith(name)]
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise FileFormatError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _read_sums(file: Path) -> dict[str, str]:
+    """Lines as ``sha256sum`` writes them: digest, a blank, a blank or an asterisk, name."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileFormatError(f"{file}: cannot be read ({error})") from error
+    sums = {}
+    for number, line in enumerate(lines, start=1):
+        digest, _, name = line.partition(" ")
+        if len(digest) != 64 or set(digest.lower()) - set("0123456789abcdef") or not name[1:]:
+            raise FileFormatError(f"{file}: line {number}: expected a SHA-256, two blanks and a name")
+        sums[name[1:].removeprefix("./")] = digest
+    return sums
