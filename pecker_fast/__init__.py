@@ -4,7 +4,9 @@
 bring masked training to any other loop. Importing this loads torch and nothing else that is heavy.
 """
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -14,7 +16,6 @@ if (_checkout / "setup.py").is_file():  # in a source tree the Triton kernels li
 
 from pecker_fast.active import ActiveParameters  # noqa: E402
 from pecker_fast.apply import apply_mask  # noqa: E402
-from pecker_fast.baselines import Baseline, BaselineConfig, salun, salun_mask_config  # noqa: E402
 from pecker_fast.block_scores import BlockScores  # noqa: E402
 from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
 from pecker_fast.config import DistillConfig  # noqa: E402
@@ -31,6 +32,9 @@ from pecker_fast.scoring import score_blocks  # noqa: E402
 from pecker_fast.stop_rule import StopRule  # noqa: E402
 from pecker_fast.stopping import StopCheck, Verdict  # noqa: E402
 from pecker_fast.weight_costs import weight_gradient_flops  # noqa: E402
+
+if TYPE_CHECKING:
+    from pecker_fast.baselines import Baseline, BaselineConfig, salun, salun_mask_config
 
 __all__ = [
     "ActiveParameters",
@@ -63,3 +67,12 @@ __all__ = [
     "use_backend",
     "weight_gradient_flops",
 ]
+
+_BASELINES = ("Baseline", "BaselineConfig", "salun", "salun_mask_config")
+
+
+def __getattr__(name: str) -> Any:
+    """What few need is imported when it is asked for."""
+    if name in _BASELINES:
+        return getattr(importlib.import_module("pecker_fast.baselines"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
