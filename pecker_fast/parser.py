@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pecker_fast
+from pecker_fast.convert_flags import convert_command
 from pecker_fast.delta_flags import delta_command
 from pecker_fast.distill_flags import distill_command, fake_score_mask_flag, unlearn_command
 from pecker_fast.flags import (
@@ -33,7 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pecker-fast", description="Make a diffusion model forget, and show what it forgot.")
     parser.add_argument("--version", action="version", version=f"pecker_fast {pecker_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_demo, _pretrain, _mask, distill_command, unlearn_command, _sample, _evaluate, delta_command, _doctor):
+    making = (_demo, _pretrain, _mask, distill_command, unlearn_command)
+    for add in (*making, _sample, _evaluate, delta_command, convert_command, _doctor):
         add(commands)
     return parser
 

@@ -13,7 +13,7 @@ from pecker_fast import BlockMask, NoiseSchedule, models, saliency
 from pecker_fast.cli import main
 from pecker_fast.models import DDPMUNet, DigitsClassifier
 
-COMMANDS = ("demo", "pretrain", "mask", "distill", "unlearn", "sample", "evaluate", "delta", "doctor")
+COMMANDS = ("demo", "pretrain", "mask", "distill", "unlearn", "sample", "evaluate", "delta", "convert", "doctor")
 DDIM = {"kind": "ddim", "steps": 2, "schedule": NoiseSchedule.linear().to_dict(), "sample_shape": [1, 8, 8]}
 QUICK = (
     "--max_train_steps",
