@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from pecker_fast import config_file
 from pecker_fast.commands import Outcome
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
 from pecker_fast.commands.together import run as run_together
@@ -78,10 +79,20 @@ def _report(ended: Ended, options: argparse.Namespace) -> int:
     if ended.outcome is None:
         return _fail(options, ended.message, ended.code)
     try:
+        _keep_flags(options)
+    except FileFormatError as error:
+        return _fail(options, error, BAD_FILE)
+    try:
         _print(ended.outcome, options)
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return ended.code
+
+
+def _keep_flags(options: argparse.Namespace) -> None:
+    """Commands that write a folder leave there what runs them again."""
+    if getattr(options, "output_dir", None) is not None and not options.dry_run:
+        config_file.write(options.output_dir, options.parser, options)
 
 
 def _print(outcome: Outcome, options: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
     ["checkpoint", "blocks", "data", "regions", "settings", "step_metrics", "torch_file"],
-    ["mask_config"],
+    ["mask_config", "config_file"],
     ["config", "distributed", "scatter", "schedule", "manifest"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms"],
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
