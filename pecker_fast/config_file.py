@@ -53,6 +53,9 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
 
+_Dumper.add_representer(
+    list, lambda to, values: to.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)
 for _kind, (_pattern, _first) in _SCALARS.items():
     for _side in (_Loader, _Dumper):
         _side.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
@@ -108,7 +111,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     if len(content) > MAX_BYTES:
         raise FileFormatError(f"{path}: longer than {MAX_BYTES} bytes, which no configuration is")
     try:
-        values = yaml.load(content.decode("utf-8"), _Loader)  # noqa: S506  (a SafeLoader)
+        values = yaml.load(content.decode("utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -125,7 +128,7 @@ def write(folder: str | os.PathLike[str], parser: argparse.ArgumentParser, optio
     """
     path = Path(folder) / NAME
     values = {"command": " ".join(parser.prog.split()[1:]), **resolved(parser, options)}
-    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+    text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120, allow_unicode=True)
     with atomic_file(path) as unfinished:
         try:
             unfinished.write_text(f"# {parser.prog} --config {path}\n{text}", encoding="utf-8")

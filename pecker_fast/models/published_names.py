@@ -80,7 +80,7 @@ def to_own_names(where: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
         raise FileFormatError(
             f"{where}: {NULL} has shape {tuple(null.shape)}, expected {tuple(table.shape[1:])}, a row of {TABLE}"
         )
-    own[TABLE] = torch.cat([table, null.to(table.dtype)[None]])
+    own[TABLE] = torch.cat([table, null[None]])
     return own
 
 
