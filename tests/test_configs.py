@@ -45,6 +45,7 @@ def test_all_are_there():
     for data in ("cifar10", "stl10"):
         assert {f"{data}_{name}" for name in ("pecker", "random", "sfd", "sfd_stage1", "sfd_stage2")} <= names
     assert {f"digits_{name}" for name in ("pecker", "random", "sfd", "pretrain")} <= names
+    assert {f"{data}_{name}" for data in ("cifar10", "stl10", "digits") for name in ("salun", "sa")} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -92,6 +93,42 @@ def test_published_distillations_have_their_numbers(data, teacher, capsys):
     stage2 = _parse(FOLDER / f"{data}_sfd_stage2.yaml")
     assert (stage2.fake_score_lr, stage2.generator_lr, stage2.max_train_steps) == (3e-5, 1e-5, 50000)
     assert stage2.init == _parse(FOLDER / f"{data}_sfd_stage1.yaml").output_dir
+
+
+@pytest.mark.parametrize("data", ["cifar10", "stl10"])
+def test_selective_amnesia_has_its_numbers(data, teacher, capsys):
+    settings = _resolved(f"{data}_sa", teacher, capsys)
+    expected = {
+        "method": "selective_amnesia",
+        "max_train_steps": 20000,
+        "batch_size": DIFFER[data]["batch_size"],
+        "learning_rate": 1e-4,
+        "betas": [0.9, 0.999],
+        "max_grad_norm": 1.0,
+        "ema_decay": 0.9999,
+        "ewc_weight": 10.0,
+        "fisher_samples": 500,
+        "class_dropout": 0.0,
+    }
+    assert {key: settings[key] for key in expected} == expected
+    assert (
+        settings["retain_weight"] == settings["forget_weight"] == 3 * 32 * 32
+    )  # gamma is 1: both are sums over pixels
+
+
+def test_salun_has_its_numbers(capsys, tmp_path):
+    ddim = {"kind": "ddim", "steps": 2, "schedule": NoiseSchedule.linear().to_dict(), "sample_shape": [1, 8, 8]}
+    models.save(DDPMUNet.digits(4), tmp_path / "teacher", ddim)
+    settings = _resolved("digits_salun", str(tmp_path / "teacher"), capsys)
+    assert settings["method"] == "random_label"
+    assert (settings["max_train_steps"], settings["learning_rate"], settings["retain_weight"]) == (1000, 1e-4, 3.072)
+    mask = {"kind": "saliency", "density": 0.5, "block": "element", "scope": "global", "lr_scale": "none"}
+    assert {key: settings["mask"][key] for key in mask} == mask
+    salun = read(FOLDER / "cifar10_salun.yaml")
+    digits = read(FOLDER / "digits_salun.yaml")
+    own = {"forget_class", "override_class", "pretrained_model_name_or_path", "output_dir"}
+    missing = {"train_data_dir", "null_class", "class_dropout"}
+    assert {key for key in salun if salun[key] != digits.get(key)} == own | missing
 
 
 def test_the_control_differs_from_pecker_in_the_choice_alone():
