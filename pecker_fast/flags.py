@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pecker_fast import config_file
 from pecker_fast.blocks import Block
+from pecker_fast.errors import FileFormatError
 from pecker_fast.regions import Region
 
 BLOCK_HELP = "row, element, auto, or OUTxIN such as 64x64 ({})"
@@ -24,6 +26,17 @@ class Parser(argparse.ArgumentParser):
         """Say what is wrong and where help is, and end with exit code 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As ``ArgumentParser``, with what ``--config`` names before the arguments of the command line."""
+        if args is not None and "--config" in self._option_string_actions:
+            try:
+                args = config_file.expand(self, args)
+            except FileFormatError as error:
+                self.exit(3, f"{self.prog}: error: {error}\n")
+            except ValueError as error:
+                self.error(str(error))
+        return super().parse_known_args(args, namespace)
+
 
 def new_command(commands: Any, name: str, summary: str, example: str) -> argparse.ArgumentParser:
     """A command with the flags that all have, and an example under its help."""
@@ -33,6 +46,8 @@ def new_command(commands: Any, name: str, summary: str, example: str) -> argpars
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
     )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML with values of flags, which flags override")
+    parser.set_defaults(parser=parser)
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout, and nothing else there")
     parser.add_argument("--dry_run", action="store_true", help="show settings, sizes and files to write; touch nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bars and no report")

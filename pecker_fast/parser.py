@@ -8,6 +8,7 @@ from typing import Any
 
 import pecker_fast
 from pecker_fast.compare_flags import compare_command
+from pecker_fast.convert_flags import convert_command
 from pecker_fast.data_flags import data_flags, judge_command, size_flags
 from pecker_fast.delta_flags import delta_command
 from pecker_fast.distill_flags import distill_command, fake_score_mask_flag, unlearn_command
@@ -36,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pecker-fast", description="Make a diffusion model forget, and show what it forgot.")
     parser.add_argument("--version", action="version", version=f"pecker_fast {pecker_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adds = (_demo, _pretrain, judge_command, _mask, distill_command, unlearn_command, _sample, _evaluate)
-    for add in (*adds, compare_command, delta_command, _doctor):
+    making = (_demo, _pretrain, judge_command, _mask, distill_command, unlearn_command)
+    for add in (*making, _sample, _evaluate, compare_command, delta_command, convert_command, _doctor):
         add(commands)
     return parser
 

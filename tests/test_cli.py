@@ -13,7 +13,8 @@ from pecker_fast import BlockMask, NoiseSchedule, models, saliency
 from pecker_fast.cli import main
 from pecker_fast.models import DDPMUNet, DigitsClassifier
 
-COMMANDS = ("demo", "pretrain", "judge", "mask", "distill", "unlearn", "sample", "evaluate", "delta", "doctor")
+MAKING = ("demo", "pretrain", "judge", "mask", "distill", "unlearn")
+COMMANDS = (*MAKING, "sample", "evaluate", "compare", "delta", "convert", "doctor")
 DDIM = {"kind": "ddim", "steps": 2, "schedule": NoiseSchedule.linear().to_dict(), "sample_shape": [1, 8, 8]}
 QUICK = (
     "--max_train_steps",
@@ -124,7 +125,7 @@ def test_from_training_to_images(here, capsys, untrained_judge):
     result = run("unlearn", *source, *QUICK, *options)
     assert result["trainable_parameters"] == chosen["active"]
     written = {path.name for path in (here / "out").iterdir()}
-    assert written == {"model", "delta", "mask.safetensors", "distill_config.json", "metrics.jsonl"}
+    assert written == {"model", "delta", "mask.safetensors", "distill_config.json", "metrics.jsonl", "config.yaml"}
     steps = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     run("sample", "--model", "out/model", "--class", *map(str, range(10)), "--num", "9", "--output", "x.npz")

@@ -81,7 +81,8 @@ def test_other_files_go_along_and_other_weights_do_not(here):
     (base / "sub").mkdir()
     assert delta("apply", "--model", base, "--delta", "da", "--output_dir", "m") == 0
     names = {path.name for path in (here / "m").iterdir()}
-    assert names == {"config.json", WEIGHTS, "pecker_deltas.json", "generation.json", "README.md"}
+    kept = {"config.json", WEIGHTS, "generation.json", "README.md"}
+    assert names == kept | {"pecker_deltas.json", "config.yaml"}
 
 
 def test_a_diffusers_folder(here):

@@ -70,6 +70,7 @@ def test_what_is_distilled(made):
         "distill_config.json",
         "distilled.json",
         "metrics.jsonl",
+        "config.yaml",
     }
     assert models.load_config(made / "distilled" / "model")["generation"]["kind"] == "one_step"
     assert models.load_config(made / "distilled" / "fake_score")["generation"]["kind"] == "ddim"

@@ -29,7 +29,8 @@ def peak_mib(step: Callable[[], object], held: Iterable[Tensor], device: torch.d
         torch.cuda.reset_peak_memory_stats(device)
         step()
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device)) / 2**20
+        peak: int = torch.cuda.max_memory_allocated(device)
+        return peak / 2**20
     with _Meter(held) as meter:
         step()
     return meter.peak / 2**20

@@ -1,0 +1,106 @@
+"""``pecker-fast convert``: published checkpoints and masks into ours, and model folders into those of diffusers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from pecker_fast import models
+from pecker_fast.checkpoint import atomic_folder
+from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.models import diffusers_export
+from pecker_fast.models.published import PublishedCheckpoint, load_published
+from pecker_fast.models.storage import CONFIG_NAME, WEIGHTS_NAME
+from pecker_fast.salun_mask import load_salun_mask
+from pecker_fast.schedule import NoiseSchedule
+
+MASK_NAME = "mask.safetensors"
+T_INIT = 440
+"""Where published generators start."""
+STEPS = 50
+"""Of DDIM; published networks are sampled with up to 1000."""
+
+_ONLY_CHECKPOINTS = ("which", "t_init", "num_inference_steps")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Convert as ``--kind`` says; the output folder appears only when all of it is there."""
+    kinds = {"checkpoint": _checkpoint, "mask": _mask, "diffusers": _diffusers}
+    _check_flags(options)
+    return kinds[options.kind](options)
+
+
+def _check_flags(options: argparse.Namespace) -> None:
+    unused = _ONLY_CHECKPOINTS if options.kind == "mask" else (*_ONLY_CHECKPOINTS, "resolution")
+    for name in () if options.kind == "checkpoint" else unused:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: is of --kind checkpoint, and has no meaning with --kind {options.kind}")
+
+
+def _checkpoint(options: argparse.Namespace) -> Outcome:
+    found = load_published(options.source, options.which or "ema", image_size=options.resolution)
+    generation = _generation(options, found)
+    parameters = {"model": sum(parameter.numel() for parameter in found.model.parameters())}
+    settings = {"from": str(options.source), "which": found.which, "step": found.step}
+    if options.dry_run:
+        shown = settings | {"architecture": found.model.config, "generation": generation}
+        return dry_run(shown, parameters, _files(options, CONFIG_NAME, WEIGHTS_NAME))
+    models.save(found.model, options.output_dir, generation)
+    values = {"output_dir": str(options.output_dir), **settings, "parameters": parameters["model"], **generation}
+    how = f"in one step from timestep {generation['t_init']}" if found.one_step else "by DDIM"
+    text = f"{found.which} of {options.source}: {parameters['model']:,} weights, which draw {how}."
+    return Outcome(values, f"{text} Written to {options.output_dir}.")
+
+
+def _generation(options: argparse.Namespace, found: PublishedCheckpoint) -> dict[str, Any]:
+    """How to sample from it: generators in one step, all others by DDIM."""
+    wrong = "num_inference_steps" if found.one_step else "t_init"
+    if getattr(options, wrong) is not None:
+        is_what = "a one-step generator" if found.one_step else "no one-step generator"
+        raise ValueError(f"--{wrong}: {found.which} of {options.source} is {is_what}; leave the flag out")
+    schedule, config = NoiseSchedule.linear(), found.model.config
+    name, default = ("t_init", T_INIT) if found.one_step else ("num_inference_steps", STEPS)
+    number = default if getattr(options, name) is None else getattr(options, name)
+    low, high = (0, schedule.num_train_timesteps - 1) if found.one_step else (1, schedule.num_train_timesteps)
+    if not low <= number <= high:
+        raise ValueError(f"--{name}: expected {low} to {high}, got {number}")
+    how: dict[str, Any] = (
+        {"kind": "one_step", "t_init": number} if found.one_step else {"kind": "ddim", "steps": number}
+    )
+    size = config["image_size"]
+    return how | {"schedule": schedule.to_dict(), "sample_shape": [config["channels"], size, size]}
+
+
+def _mask(options: argparse.Namespace) -> Outcome:
+    mask = load_salun_mask(options.source, image_size=options.resolution)
+    if options.dry_run:
+        settings = {"from": str(options.source), "density": mask.density}
+        return dry_run(settings, {"model": mask.total, "active": mask.numel}, _files(options, MASK_NAME))
+    with atomic_folder(options.output_dir) as folder:
+        mask.save(folder / MASK_NAME)
+    values = {
+        "output_dir": str(options.output_dir),
+        "mask": str(options.output_dir / MASK_NAME),
+        "density": mask.density,
+        "active": mask.numel,
+        "parameters": mask.total,
+    }
+    return Outcome(values, f"{mask!r}\nWritten to {values['mask']}.")
+
+
+def _diffusers(options: argparse.Namespace) -> Outcome:
+    exported = diffusers_export.Exported.read(options.source)
+    parameters = sum(parameter.numel() for parameter in exported.unet.parameters())
+    name = type(exported.unet).__name__
+    if options.dry_run:
+        settings = {"from": str(options.source), "class": name, "scheduler": type(exported.scheduler).__name__}
+        return dry_run(settings, {"unet": parameters}, _files(options, *diffusers_export.FILES))
+    exported.save(options.output_dir)
+    values = {"output_dir": str(options.output_dir), "class": name, "parameters": parameters}
+    text = f"{name}.from_pretrained({str(options.output_dir)!r}) predicts what {options.source} does."
+    return Outcome(values, text)
+
+
+def _files(options: argparse.Namespace, *names: str) -> list[str]:
+    return [str(Path(options.output_dir) / name) for name in names]

@@ -1,0 +1,34 @@
+"""Arguments of ``pecker-fast convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pecker_fast.flags import new_command, positive_int
+
+
+def convert_command(commands: Any) -> None:
+    """Other people's files in, and out again."""
+    parser = new_command(
+        commands,
+        "convert",
+        "import published checkpoints and masks, or export a model to diffusers",
+        "pecker-fast convert --from ckpt.pth --to teacher\n"
+        "  pecker-fast convert --from snapshot.pth --which generator --t_init 440 --to generator\n"
+        "  pecker-fast convert --kind mask --from with_0.5.pt --to salun\n"
+        "  pecker-fast convert --kind diffusers --from out/model --to exported",
+    )
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, required=True, metavar="PATH", help="the file, or the model folder")
+    add("--to", dest="output_dir", type=Path, required=True, metavar="DIR", help="the folder to write")
+    add(
+        "--kind",
+        choices=("checkpoint", "mask", "diffusers"),
+        default="checkpoint",
+        help="a DDPM of SFD, SA or SalUn; a mask of SalUn; or a model folder, to be exported (checkpoint)",
+    )
+    add("--which", choices=("ema", "model", "generator", "fake_score"), help="which network of a checkpoint (ema)")
+    add("--t_init", type=int, metavar="T", help="timestep at which a generator starts (440)")
+    add("--num_inference_steps", type=positive_int, metavar="N", help="of DDIM for other networks (50)")
+    add("--resolution", type=positive_int, metavar="N", help="of the images, where the weights do not tell")
