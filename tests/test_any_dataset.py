@@ -126,6 +126,8 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
         assert text in capsys.readouterr().err
     with pytest.raises(FileFormatError, match="each of the model's 2 classes, got 3"):
         load_images(tmp_path / "shapes.npz", load_source(tmp_path / "model", "cpu"))
+    with pytest.raises(ValueError, match="--train_data_dir: needed"):
+        load_images(None, load_source(tmp_path / "model", "cpu"))
 
 
 def test_pretrain_takes_what_the_images_say(tmp_path, monkeypatch, capsys):

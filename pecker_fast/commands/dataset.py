@@ -5,28 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pecker_fast.data import ImageData, load_dataset
+from pecker_fast.data import ImageData, load_dataset, load_digits
 from pecker_fast.errors import FileFormatError
 
 if TYPE_CHECKING:
     from pecker_fast.commands.source import Source
 
+_DIGITS = ((1, 8, 8), 10)
 
-def load_images(path: Path, source: Source) -> ImageData:
+
+def load_images(path: Path | None, source: Source) -> ImageData:
     """Read the images of a model's classes, in the model's size and channels.
 
     Args:
-        path: Whatever `pecker_fast.data.load_dataset` reads.
+        path: Whatever `pecker_fast.data.load_dataset` reads; None takes the digits, for a model of digits.
         source: The model; only ``sample_shape`` and ``num_classes`` are looked at.
 
     Raises:
         FileFormatError: The data are missing or damaged, or their classes are not the model's.
-        ValueError: The images cannot be averaged to the model's size.
+        ValueError: The images cannot be averaged to the model's size, or no path for a model of something else.
     """
     channels, size, _ = source.sample_shape
+    if path is None:
+        if (source.sample_shape, source.num_classes) != _DIGITS:
+            raise ValueError(
+                f"--train_data_dir: needed, because the model draws {source.num_classes} classes of "
+                f"{source.sample_shape}, not the digits"
+            )
+        return load_digits()
     data = load_dataset(path, image_size=size, channels=channels)
     if len(data.class_names) != source.num_classes:
         raise FileFormatError(
-            f"{path}: expected each of the model's {source.num_classes} classes, got {len(data.class_names)}"
+            f"{path}: expected images of each of the model's {source.num_classes} classes, got {len(data.class_names)}"
         )
     return data
