@@ -126,6 +126,8 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
         assert text in capsys.readouterr().err
     with pytest.raises(FileFormatError, match="each of the model's 2 classes, got 3"):
         load_images(tmp_path / "shapes.npz", load_source(tmp_path / "model", "cpu"))
+    with pytest.raises(ValueError, match="--train_data_dir: needed"):
+        load_images(None, load_source(tmp_path / "model", "cpu"))
 
 
 def test_pretrain_takes_what_the_images_say(tmp_path, monkeypatch, capsys):
@@ -143,13 +145,13 @@ def test_pretrain_takes_what_the_images_say(tmp_path, monkeypatch, capsys):
         16: {**shared, "image_size": 16, "channel_mult": [1, 2, 2], "attention_resolutions": [8]},
         8: {**shared, "image_size": 8, "channel_mult": [1, 2], "attention_resolutions": [4]},
     }
-    wide = _run(capsys, "pretrain", *plan, "--width", "128", "--num_res_blocks", "2", "--channels", "1")
+    wide = _run(capsys, "pretrain", *plan, "--width", "64", "--num_res_blocks", "2", "--channels", "1")
     assert wide["settings"]["architecture"] == {
         **architecture[32],
-        "width": 128,
+        "width": 64,
         "num_res_blocks": 2,
         "channels": 1,
-        "norm_groups": 32,
+        "norm_groups": 16,
     }
     for arguments, text in (
         (["--split", "test", *plan], "holds no cifar10-binary files of split 'test'"),

@@ -53,6 +53,11 @@ def _mutants(content, kind):
         yield bytes(changed)
 
 
+def _replace(file, content):
+    file.unlink()  # some file systems wait for the disk when a file is written over
+    file.write_bytes(content)
+
+
 def _same(a, b):
     return np.array_equal(a.images, b.images) and a.labels.equal(b.labels) and a.class_names == b.class_names
 
@@ -91,12 +96,12 @@ def outcomes(request, tmp_path_factory):
     content, whole = file.read_bytes(), load_dataset(root)
     results = []
     for mutant in _mutants(content, request.param):
-        file.write_bytes(mutant)
+        _replace(file, mutant)
         try:
             results.append((mutant, load_dataset(root)))
         except FileFormatError as error:
             results.append((mutant, error))
-    file.write_bytes(content)
+    _replace(file, content)
     return request.param, root, file, whole, results
 
 
@@ -119,10 +124,10 @@ def test_with_checksums_every_mutant_is_refused(outcomes):
     datasets.sums(root)
     content = file.read_bytes()
     for mutant, _ in results:
-        file.write_bytes(mutant)
+        _replace(file, mutant)
         if mutant != content:
             with pytest.raises(FileFormatError, match=rf"{file.name}: (SHA-256 is|cannot be read)"):
                 load_dataset(root)
-    file.write_bytes(content)
+    _replace(file, content)
     assert _same(load_dataset(root), whole)
     (root / "SHA256SUMS").unlink()

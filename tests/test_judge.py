@@ -95,7 +95,7 @@ def test_training_learns_and_augmentation_is_off_unless_asked():
     weights = {name: judge.head.weight for name, judge in trained.items()}
     assert torch.equal(weights["default"], weights["off"])
     assert not torch.equal(weights["default"], weights["on"])
-    judge = train_classifier(_judge(image_size=8), data, **settings | {"steps": 40})
+    judge = train_classifier(_judge(image_size=8), data, **settings | {"steps": 25, "batch_size": 40})
     assert (predict(data.images, judge) == data.labels).float().mean() > 0.9
 
 

@@ -23,8 +23,9 @@ def load_images(path: Path | None, source: Source) -> ImageData:
 
     Raises:
         FileFormatError: The data are missing or damaged, or their classes are not the model's.
-        ValueError: The images cannot be averaged to the model's size; or no path, and a model of something else.
+        ValueError: The images cannot be averaged to the model's size, or no path for a model of something else.
     """
+    channels, size, _ = source.sample_shape
     if path is None:
         if (source.sample_shape, source.num_classes) != _DIGITS:
             raise ValueError(
@@ -32,10 +33,9 @@ def load_images(path: Path | None, source: Source) -> ImageData:
                 f"{source.sample_shape}, not the digits"
             )
         return load_digits()
-    channels, size, _ = source.sample_shape
     data = load_dataset(path, image_size=size, channels=channels)
     if len(data.class_names) != source.num_classes:
         raise FileFormatError(
-            f"{path}: expected each of the model's {source.num_classes} classes, got {len(data.class_names)}"
+            f"{path}: expected images of each of the model's {source.num_classes} classes, got {len(data.class_names)}"
         )
     return data

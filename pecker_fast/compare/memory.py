@@ -31,7 +31,8 @@ def peak_mib(step: Callable[[], object], held: Iterable[Tensor], device: torch.d
         torch.cuda.synchronize(device)
         peak: int = torch.cuda.max_memory_allocated(device)
         return peak / 2**20
-    with _Meter(held) as meter:
+    meter = _Meter(held)
+    with meter:
         step()
     return meter.peak / 2**20
 

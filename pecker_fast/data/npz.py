@@ -41,7 +41,7 @@ def read_npz(file: Path, checksums: Mapping[str, str] | None = None) -> StoredIm
     if images.dtype != np.uint8 or images.ndim != 4:
         hint = "; floats in [-1, 1] become uint8 by round(127.5 * (x + 1))" if images.dtype.kind == "f" else ""
         raise FileFormatError(f"{file}: expected {_LAYOUT}, got images {images.shape} {images.dtype}{hint}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or (labels.max(initial=0) >> 62):
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or int(labels.max(initial=0)) >= 2**62:
         raise FileFormatError(
             f"{file}: expected {_LAYOUT}, got labels {labels.shape} {labels.dtype} for {len(images)} images"
         )
