@@ -6,10 +6,10 @@ import argparse
 from typing import Any
 
 from pecker_fast import models
+from pecker_fast.commands.dataset import load_images
 from pecker_fast.commands.judging import load_judge
 from pecker_fast.commands.source import load_source
 from pecker_fast.compare.task import Task, digits
-from pecker_fast.data import load_dataset
 
 _FOLDERS = ("pretrained_model_name_or_path", "judge", "train_data_dir")
 _DISTILLATION = {
@@ -51,17 +51,8 @@ def load_task(options: argparse.Namespace) -> Task:
         return digits(options.cache_dir, not options.quiet, options.short)
     source = load_source(options.pretrained_model_name_or_path, options.device)
     device = next(source.model.parameters()).device
-    size, limit = source.sample_shape[1], options.max_train_samples
-    train, held_out = (
-        load_dataset(options.train_data_dir, image_size=size, channels=source.sample_shape[0], split=split, limit=limit)
-        for split in ("train", "test")
-    )
-    for data in (train, held_out):
-        if tuple(data.images.shape[1:]) != source.sample_shape or len(data.class_names) != source.num_classes:
-            raise ValueError(
-                f"{options.train_data_dir}: expected {source.num_classes} classes of {source.sample_shape}, as the "
-                f"model has, got {len(data.class_names)} of {tuple(data.images.shape[1:])}"
-            )
+    data, limit = options.train_data_dir, options.max_train_samples
+    train, held_out = (load_images(data, source, split=split, limit=limit) for split in ("train", "test"))
     given = {field: getattr(options, flag) for flag, field in _DISTILLATION.items()}
     distillation: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
     steps = models.load_config(options.pretrained_model_name_or_path)["generation"]["steps"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pecker_fast.data import ImageData, load_dataset, load_digits
+from pecker_fast.data.dataset import Split
 from pecker_fast.errors import FileFormatError
 
 if TYPE_CHECKING:
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
 _DIGITS = ((1, 8, 8), 10)
 
 
-def load_images(path: Path | None, source: Source) -> ImageData:
+def load_images(path: Path | None, source: Source, *, split: Split = "train", limit: int | None = None) -> ImageData:
     """Read the images of a model's classes, in the model's size and channels.
 
     Args:
         path: Whatever `pecker_fast.data.load_dataset` reads; None takes the digits, for a model of digits.
         source: The model; only ``sample_shape`` and ``num_classes`` are looked at.
+        split: Which part of it.
+        limit: At most so many images, evenly spaced.
 
     Raises:
         FileFormatError: The data are missing or damaged, or their classes are not the model's.
@@ -33,7 +36,7 @@ def load_images(path: Path | None, source: Source) -> ImageData:
                 f"{source.sample_shape}, not the digits"
             )
         return load_digits()
-    data = load_dataset(path, image_size=size, channels=channels)
+    data = load_dataset(path, image_size=size, channels=channels, split=split, limit=limit)
     if len(data.class_names) != source.num_classes:
         raise FileFormatError(
             f"{path}: expected images of each of the model's {source.num_classes} classes, got {len(data.class_names)}"
