@@ -55,7 +55,8 @@ def method_flag(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES,
         default=DISTILL,
         metavar="METHOD",
-        help=f"{', '.join(CHOICES)} ({DISTILL}); all but that leave a model of many steps",
+        help=f"{', '.join(CHOICES)} ({DISTILL}); all others leave a model of many steps, and train every weight of it "
+        f"unless --mask says otherwise or the method is {SALUN}",
     )
 
 
