@@ -65,7 +65,7 @@ def load_task(options: argparse.Namespace) -> Task:
         held_out=held_out,
         distillation=distillation,
         diffusion={name: distillation[name] for name in _BOTH if name in distillation} | {"sampling_steps": steps},
-        retrain={},
+        rules={},
         distillation_lr=options.generator_lr or 1e-5,
         diffusion_lr=options.learning_rate or 1e-4,
         retrain_steps=options.retrain_steps or 1000,

@@ -71,8 +71,8 @@ def make(method: Method, task: Task, job: Job) -> Contestant:
         config = DistillConfig(**{**common, **task.distillation, **rates, **method.settings})
         return MaskedDistiller(task.true_score, task.schedule, config)
     rate = {"learning_rate": task.diffusion_lr * job.factor}
-    own = task.retrain if method.own_length else {}
-    settings = BaselineConfig(**{**common, **task.diffusion, **rate, **method.settings, **own})
+    own = task.rules.get(method.settings["method"], {})
+    settings = BaselineConfig(**{**common, **task.diffusion, **rate, **own, **method.settings})
     return Baseline(task.true_score, task.schedule, settings, data=task.train)
 
 

@@ -29,6 +29,7 @@ _COLOURS = {
     "complement": "#CC79A7",
     "layer_random": "#009E73",
 }
+_COLOURS |= {"salun": "#D55E00", "random_label": "#56B4E9"}
 _GREY = "#999999"
 _MARKERS = {"equal_steps": "o", "equal_seconds": "s"}
 
@@ -45,7 +46,7 @@ def write(results: Results, folder: Path, class_names: Sequence[str], forget: Se
         return pictures
     pictures["What came out"] = _points(results, names, folder / "quality.png")
     pictures["On the way"] = _curves(results, names, folder / "curves.png")
-    samples = {name: path for name in names if (path := folder / "samples" / f"{name}.npz").exists()}
+    samples = {name: path for name in ("before", *names) if (path := folder / "samples" / f"{name}.npz").exists()}
     if samples:
         pictures["Samples"] = _samples(samples, folder / "samples.png", class_names, forget)
     return pictures
@@ -63,8 +64,7 @@ def _points(results: Results, names: Sequence[str], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         if key == "frechet_distance":
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("")
+            _plain_ticks(axes.xaxis)
         else:
             axes.set_xlim(None, 1.02)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -92,27 +92,31 @@ def _curves(results: Results, names: Sequence[str], path: Path) -> Path:
     timings = timing.of(results.lines)
     drawn = new_figure((9, 9))
     rows = drawn.subplots(3, 1, sharex=True)
-    for name in [name for name in names if not results.known[name].own_length]:
+    for name in [name for name in names if name in _COLOURS]:
         own, runs = timings[name], [line for line in results.of(name) if "failed" not in line]
         for axes, (key, title) in zip(rows, _FIGURES, strict=True):
             steps, values = _mean_curve(runs, key)
             seconds = [own["setup_seconds"] + step * own["step_seconds"] for step in steps]
-            emphasis = {"linewidth": 2.2, "zorder": 3} if name in _COLOURS else {"linewidth": 1.0, "alpha": 0.7}
-            axes.plot(seconds, values, marker=".", color=_COLOURS.get(name, _GREY), label=name, **emphasis)
-            if name not in _COLOURS and steps:
-                axes.annotate(name, (seconds[-1], values[-1]), fontsize=7, color=_GREY)
+            axes.plot(seconds, values, marker=".", linewidth=2, color=_COLOURS[name], label=name)
             axes.set_ylabel(title)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
     rows[-1].set_yscale("log")
-    rows[-1].yaxis.set_major_formatter("{x:g}")
-    rows[-1].yaxis.set_minor_formatter("")
+    _plain_ticks(rows[-1].yaxis)
     rows[-1].set_xlabel("seconds of training, what comes before it included")
-    shown = [pair for pair in zip(*rows[0].get_legend_handles_labels(), strict=True) if pair[1] in _COLOURS]
-    if shown:
-        drawn.legend(*zip(*shown, strict=True), loc="outside upper center", ncols=len(shown), frameon=False)
+    handles, labels = rows[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
     write_figure(drawn, path)
     return path
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _mean_curve(runs: Sequence[Line], key: str) -> tuple[list[int], list[float]]:
@@ -123,7 +127,7 @@ def _mean_curve(runs: Sequence[Line], key: str) -> tuple[list[int], list[float]]
 
 def _samples(files: Mapping[str, Path], path: Path, class_names: Sequence[str], forget: Sequence[int]) -> Path:
     """One row a method, one column a class, from the same noise."""
-    drawn = new_figure((1.6 + 0.75 * len(class_names), 0.6 + 0.75 * len(files)))
+    drawn = new_figure((1.8 + 0.55 * len(class_names), 0.5 + 0.55 * len(files)))
     grid = drawn.subplots(len(files), len(class_names), squeeze=False)
     for row, (name, file) in zip(grid, files.items(), strict=True):
         with np.load(file, allow_pickle=False) as arrays:

@@ -120,7 +120,10 @@ class Harness:
     def _marks(self, job: Job, timings: dict[str, Line], task: Task) -> dict[str, int]:
         if self.known[job.method].own_length:
             return {"equal_steps": task.retrain_steps, "equal_seconds": task.retrain_steps}
-        return marks(self.plan.steps, timings[REFERENCE], timings[job.method])
+        found = marks(self.plan.steps, timings[REFERENCE], timings[job.method])
+        return (
+            found if job.phase == "reported" else {"equal_seconds": found["equal_seconds"]}
+        )  # what rates are chosen by
 
     def _lines(self, work: Sequence[tuple[Job, dict[str, int]]], task: Task, folder: Path) -> Iterator[Line]:
         if self.processes == 1 or len(work) < 2:

@@ -29,8 +29,8 @@ def run(job: Job, contestant: Contestant, panel: Panel, marks: Mapping[str, int]
         diagnose: Also look at a generator's gradients, at every other glance.
 
     Returns:
-        The job's key; "marks"; "curve" with "step" and accuracies; each mark's verdict by its name; "attacks" of
-        reported runs; "diagnostics" if asked for; "mask_density", "mass", "learning_rate_scale"; "seconds" of setup and
+        The job's key; "marks"; "curve" with "step" and accuracies, and "attacks", of reported runs; each mark's verdict
+        by its name; "diagnostics" if asked for; "mask_density", "mass", "learning_rate_scale"; "seconds" of setup and
         training, as they were. Or "failed", with what happened.
     """
     line: dict[str, Any] = {**job.key, "marks": dict(marks), "curve": []}
@@ -39,7 +39,7 @@ def run(job: Job, contestant: Contestant, panel: Panel, marks: Mapping[str, int]
         mask = get_ready(contestant)
         line |= {"mask_density": mask.density, "mass": mask.mass, "learning_rate_scale": contestant.lr_scale}
         last, seconds = max(marks.values()), time.perf_counter() - started
-        looks = GLANCES[contestant.generation["kind"]]
+        looks = GLANCES[contestant.generation["kind"]] if job.phase == "reported" else 0
         glances = {round(last * (i + 1) / looks) for i in range(looks)}
         started = time.perf_counter()
         for step, _ in enumerate(contestant.run(last, progress=False), 1):

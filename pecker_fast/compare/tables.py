@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pecker_fast.compare import timing
 from pecker_fast.compare.methods import REFERENCE, Method
@@ -263,24 +262,34 @@ def _seen(runs: Sequence[Line]) -> str:
 
 
 def _plain(interval: Interval | None) -> str:
-    return _with_bounds(interval, lambda value: f"{value:.3g}")
+    return _mean(interval, "{:.3g}")
 
 
 def _share(interval: Interval | None) -> str:
-    return _with_bounds(interval, lambda value: f"{100 * value:.1f}%")
-
-
-def _times(interval: Interval | None) -> str:
-    return _with_bounds(interval, lambda value: f"{value:.2f}x")
+    return _mean(interval, "{:.1f}%", 100)
 
 
 def _points(interval: Interval | None) -> str:
-    return _with_bounds(interval, lambda value: f"{100 * value:+.1f}")
+    return _mean(interval, "{:+.1f}", 100)
 
 
-def _with_bounds(interval: Interval | None, form: Any) -> str:
+def _mean(interval: Interval | None, form: str, scale: float = 1) -> str:
+    """A mean and half the width of its interval."""
+    if interval is None:
+        return "failed"
+    value = form.format(scale * interval.value)
+    if interval.low is None or interval.high is None:
+        return value
+    half = (
+        form.replace("+", "").replace("%", "").replace(".3g", ".2g").format(scale * (interval.high - interval.low) / 2)
+    )
+    return f"{value} ± {half}"
+
+
+def _times(interval: Interval | None) -> str:
+    """A ratio and its bounds, which are not as far from it on both sides."""
     if interval is None:
         return "failed"
     if interval.low is None or interval.high is None:
-        return str(form(interval.value))
-    return f"{form(interval.value)} ({form(interval.low)} to {form(interval.high)})"
+        return f"{interval.value:.2f}x"
+    return f"{interval.value:.2f}x ({interval.low:.2f} to {interval.high:.2f})"

@@ -27,7 +27,7 @@ class Task:
         held_out: Real images that nothing was trained on.
         distillation: Fields of ``DistillConfig``.
         diffusion: Fields of ``BaselineConfig``.
-        retrain: Fields that training from scratch has instead.
+        rules: Update rule -> fields of ``BaselineConfig`` that it has instead, where published ones do nothing here.
         distillation_lr: Learning rate that factors multiply.
         diffusion_lr: The same for diffusion models.
         retrain_steps: Steps of training from scratch.
@@ -42,7 +42,7 @@ class Task:
     held_out: ImageData
     distillation: Mapping[str, Any]
     diffusion: Mapping[str, Any]
-    retrain: Mapping[str, Any]
+    rules: Mapping[str, Mapping[str, Any]]
     distillation_lr: float
     diffusion_lr: float
     retrain_steps: int
@@ -65,7 +65,7 @@ class Task:
 
     def description(self) -> dict[str, Any]:
         """What runs of it depend on, JSON values."""
-        settings = ("distillation", "diffusion", "retrain")
+        settings = ("distillation", "diffusion", "rules")
         numbers = ("distillation_lr", "diffusion_lr", "retrain_steps", "relearning_lr")
         networks = {name: fingerprint_of(getattr(self, name)) for name in ("true_score", "judge")}
         images = {"train": len(self.train), "held_out": len(self.held_out)}
@@ -91,10 +91,15 @@ def digits(cache_dir: Path | None = None, progress: bool = True, short: bool = F
         held_out=held_out,
         distillation={name: getattr(settings, name) for name in names}
         | {"batch_size": 32, "forget_batch_size": 8, "forget_weight": 0.05, "ema_decay": 0.95},
-        diffusion={"batch_size": 32, "forget_batch_size": 32, "sampling_steps": 4 if short else 20}
-        | dict.fromkeys(("fisher_samples", "fisher_timesteps"), 2 if short else 50)
-        | {"replay_samples": 4 if short else 200, "ema_decay": 0.95, "warmup_steps": 10},
-        retrain={"batch_size": 128, "learning_rate": 3e-3, "ema_decay": 0.998},
+        diffusion={"batch_size": 32, "forget_batch_size": 32, "ema_decay": 0.95, "warmup_steps": 10}
+        | {"sampling_steps": 4 if short else 20, "fisher_timesteps": 2 if short else 50}
+        | {"fisher_samples": 2 if short else 10, "replay_samples": 4 if short else 200},
+        rules={
+            # Published, lambda is 10 and holds everything, and ascent is a thousand times what it is held by.
+            "selective_amnesia": {"ewc_weight": 1e-3},
+            "gradient_ascent": {"forget_weight": 0.05, "retain_weight": 1.0},
+            "retrain": {"batch_size": 128, "learning_rate": 3e-3, "ema_decay": 0.998},
+        },
         distillation_lr=1e-3,
         diffusion_lr=5e-4,
         retrain_steps=20 if short else 1000,
