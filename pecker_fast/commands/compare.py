@@ -17,7 +17,12 @@ def run(options: argparse.Namespace) -> Outcome:
     comparing.check_flags(options)
     known, plan = _known(options), _plan(options)
     harness = Harness(
-        partial(comparing.load_task, options), known, plan, options.processes, not options.quiet, options.diagnostics
+        partial(comparing.load_task, comparing.task_flags(options)),
+        known,
+        plan,
+        options.processes,
+        not options.quiet,
+        options.diagnostics,
     )
     if options.dry_run:
         return _dry_run(options, harness)

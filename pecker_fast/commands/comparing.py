@@ -40,6 +40,13 @@ def check_flags(options: argparse.Namespace) -> None:
                 raise ValueError(f"--{name}: the digits have settings of their own; it is for a task of your own")
 
 
+def task_flags(options: argparse.Namespace) -> argparse.Namespace:
+    """What ``load_task`` looks at, and nothing else: it is sent to other processes."""
+    names = (*_FOLDERS, *_DISTILLATION, "generator_lr", "learning_rate", "retrain_steps", "max_train_samples")
+    names = (*names, "cache_dir", "quiet", "short", "device")
+    return argparse.Namespace(**{name: getattr(options, name) for name in names})
+
+
 def load_task(options: argparse.Namespace) -> Task:
     """The task, in every process that works on it.
 

@@ -34,7 +34,8 @@ _BATCH = 512
 _NOISE_SEED = 1234
 _NEIGHBOURS = 2000
 """Images of either set in precision, recall, density and coverage: their cost goes with the square."""
-ATTACK_TIMESTEPS = (50, 150, 300, 500)
+ATTACKED = (0.05, 0.15, 0.3, 0.5)
+"""Timesteps at which membership is looked for, as shares of the schedule."""
 RELEARN_IMAGES, RELEARN_STEPS, RELEARN_EVERY = 10, 60, 5
 """Images that the relearning attack has, steps it may take, and how often it looks."""
 START_SHARES, NOISE_SCALES = (0.5, 0.8, 1.2, 1.5), (0.8, 1.2)
@@ -175,7 +176,7 @@ class Panel:
             chosen = self._forgotten(data.labels)
             images, labels = data.images[chosen].to(device), data.labels[chosen].to(device)
             predict = lambda x, t, c: network(x, t, c)  # noqa: E731
-            timesteps = [t for t in ATTACK_TIMESTEPS if t < self.task.schedule.num_train_timesteps]
+            timesteps = [round(share * self.task.schedule.num_train_timesteps) for share in ATTACKED]
             scores.append(denoising_scores(predict, self.task.schedule, images, labels, timesteps=timesteps))
         found = membership_inference(*scores)
         return {"mia_auc": found.auc, "mia_tpr": found.tpr, "mia_shuffled_auc": found.shuffled_auc}
