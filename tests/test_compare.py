@@ -13,7 +13,7 @@ from torch import nn
 from pecker_fast import MaskConfig, NoiseSchedule, models
 from pecker_fast.cli import main
 from pecker_fast.commands import comparing
-from pecker_fast.compare import diagnostics, tables
+from pecker_fast.compare import diagnostics, judging, one_run, tables, timing
 from pecker_fast.compare.contestants import get_ready, make
 from pecker_fast.compare.harness import Harness
 from pecker_fast.compare.judging import Panel
@@ -60,6 +60,16 @@ def task():
         diffusion_lr=1e-3,
         retrain_steps=2,
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(timing, "ROUNDS", 1)
+        patched.setattr(judging, "RELEARN_STEPS", 1)
+        patched.setattr(judging, "START_SHARES", (1.5,))
+        patched.setattr(one_run, "GLANCES", {"one_step": 2, "ddim": 1})
+        yield
 
 
 def plan(**changes):
@@ -146,7 +156,7 @@ def test_rates_are_tuned_before_anything_is_reported(task, tmp_path):
 def test_a_run_that_diverges_is_a_result(task, tmp_path):
     wild = dataclasses.replace(task, distillation_lr=1e30, distillation={**task.distillation, "warmup_steps": 0})
     results = harness(wild, methods=("sfd",), steps=4).run(tmp_path)
-    assert "infinite" in results.of("sfd")[0]["failed"]
+    assert "generator_loss is nan; lower the learning rates" in results.of("sfd")[0]["failed"]
     assert tables.quality(results, "equal_steps").rows[1][0] == "sfd (1 of 1 diverged)"
 
 
@@ -200,6 +210,7 @@ def test_memory_is_what_is_held_and_what_comes_on_top():
 def test_gradients_under_a_dense_mask_are_all_of_them(task):
     dense = make(methods()["sfd"], task, Job("reported", "sfd", 1.0, (1,), 0))
     get_ready(dense)
+    dense.step()  # until the fake score has left the true score, nothing pulls on retained classes
     weights = {name: weight.clone() for name, weight in dense.generator.state_dict().items()}
     found = diagnostics.gradients(dense, batches=2)
     assert found["mass_forget"] == found["mass_retain"] == 1
