@@ -37,7 +37,7 @@ def compare_command(commands: Any) -> None:
     add("--methods", nargs="+", metavar="NAME", help="sfd, pecker, random, ... or all (sfd pecker random)")
     forget_flag(parser, default=[7])
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="N", help="of the reported runs (0 1 2)")
-    add("--tuning_class", type=int, nargs="+", default=[0], metavar="C", help="learning rates are tuned on (0)")
+    add("--tuning_class", type=int, nargs="+", metavar="C", help="learning rates are tuned on (the first retained one)")
     add("--tuning_seeds", type=seed, nargs="+", default=[100], metavar="N", help="and with these, none reported (100)")
     add(
         "--learning_rate_factors",
@@ -77,15 +77,33 @@ def _task_flags(parser: argparse.ArgumentParser) -> None:
     add("--judge", type=Path, metavar="DIR", help="a classifier's folder, as pecker-fast judge writes it")
     add("--train_data_dir", type=Path, metavar="PATH", help="their data, with a train and a test part")
     add("--max_train_samples", type=positive_int, metavar="N", help="at most so many images of either part")
+    add(
+        "--null_class", action="store_true", help="the model was trained with class dropout: SalUn's and ESD's guidance"
+    )
     add("--train_batch_size", type=positive_int, metavar="N", help="samples of retained classes in each update")
     add("--forget_batch_size", type=positive_int, metavar="N", help="samples of forgotten classes in each update")
-    add("--generator_lr", type=positive_float, metavar="X", help="learning rate of distillation that factors multiply")
-    add("--learning_rate", type=positive_float, metavar="X", help="learning rate of the others that factors multiply")
-    add("--forget_weight", type=positive_float, metavar="X", help="weight of the losses on forgotten classes")
+    add(
+        "--generator_lr",
+        type=positive_float,
+        metavar="X",
+        help="learning rate of distillation that factors multiply (1e-5)",
+    )
+    add(
+        "--learning_rate",
+        type=positive_float,
+        metavar="X",
+        help="learning rate of the others that factors multiply (1e-4)",
+    )
+    add(
+        "--forget_weight",
+        type=positive_float,
+        metavar="X",
+        help="weight of the distillation's losses on forgotten classes",
+    )
     add("--ema_decay", type=float, metavar="X", help="of the running average that is judged")
     add("--sid_alpha", type=float, metavar="X", help="alpha of the SiD loss")
     add("--lr_warmup_steps", type=int, metavar="N", help="steps of linear warm-up")
     add("--t_init", type=int, metavar="T", help="timestep at which the one-step generator starts")
     add("--t_min", type=int, metavar="T", help="smallest timestep of the losses")
     add("--t_max", type=int, metavar="T", help="timesteps of the losses are below this")
-    add("--retrain_steps", type=positive_int, metavar="N", help="steps of training from scratch")
+    add("--retrain_steps", type=positive_int, metavar="N", help="steps of training from scratch (1000)")

@@ -191,7 +191,8 @@ class MaskMaker:
         costs = terms["costs"] if terms["budget"] == "costs" else None  # chance does not rank by what a weight costs
         asked = Terms.of(grids, saliency.total, barred, terms["region"], costs, terms["budget"])
         if config.kind == "complement":
-            parameters = random_outside(mask.parameters, asked, config.density, seed)
+            share = mask.density if config.budget == "parameters" else config.density
+            parameters = random_outside(mask.parameters, asked, share, seed)
         else:
             parameters = random_within_layers(mask.parameters, asked, seed)
         return BlockMask(parameters, mask.total, config.density, saliency.mass(parameters))

@@ -7,9 +7,10 @@ import math
 
 import pytest
 
-from pecker_fast.compare import statistics, tables, timing
+from pecker_fast.compare import falsification, statistics, tables, timing
 from pecker_fast.compare.methods import DEFAULT, methods
 from pecker_fast.compare.plan import Job, Plan, marks, missing
+from pecker_fast.compare.results import Results, selected
 from pecker_fast.compare.store import RUNS, Store
 from pecker_fast.compare.tuning import best_factors
 from pecker_fast.errors import FileFormatError
@@ -48,6 +49,7 @@ def test_one_rate_needs_no_tuning():
     [
         ({"tuning_seeds": (1,)}, "tuning_seeds: 1 is reported too"),
         ({"seeds": ()}, "seeds: expected at least one"),
+        ({"tuning_forget": (0, 7)}, "tuning_class: 7 is reported too"),
         ({"methods": ("sfd", "sfd")}, "methods: expected at least one, and none twice"),
         ({"steps": 0}, "at least 1 step"),
     ],
@@ -55,6 +57,14 @@ def test_one_rate_needs_no_tuning():
 def test_plans_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         plan(**changes)
+
+
+def test_classes_that_are_not_there_are_refused():
+    plan().check_classes(10)
+    with pytest.raises(ValueError, match="--forget_class: unknown class 7; the task has classes 0 to 6"):
+        plan().check_classes(7)
+    with pytest.raises(ValueError, match="--forget_class: every class is forgotten"):
+        plan(forget=(0, 1), tuning_forget=(2,)).check_classes(2)
 
 
 def test_what_has_a_line_is_not_run_again():
@@ -68,7 +78,8 @@ def test_equal_seconds_count_what_comes_before_the_first_step():
     own = {"method": "pecker", "setup_seconds": 2.0, "step_seconds": 0.05}
     assert marks(100, reference, own) == {"equal_steps": 100, "equal_seconds": 160}
     assert marks(100, reference, reference | {"step_seconds": 0.1001}) == {"equal_steps": 100, "equal_seconds": 100}
-    assert marks(100, reference, own | {"setup_seconds": 20.0})["equal_seconds"] == 1
+    assert marks(100, reference, own | {"setup_seconds": 20.0}) == {"equal_steps": 100}
+    assert marks(100, reference, reference | {"step_seconds": 9.0})["equal_seconds"] == 100  # its own budget, always
 
 
 # -- store -----------------------------------------------------------------------------------------
@@ -138,7 +149,7 @@ def test_a_rate_is_as_good_as_its_worst_run():
 
 
 def reported(method, seed, distance, ua=1.0, **more):
-    names = ("inception_score", "precision", "recall", "entropy", "forgotten_probability")
+    names = ("inception_score", "precision", "recall", "coverage", "entropy", "forgotten_probability")
     point = {
         "unlearning_accuracy": ua,
         "retain_accuracy": 0.9,
@@ -146,7 +157,9 @@ def reported(method, seed, distance, ua=1.0, **more):
         **dict.fromkeys(names, 0.5),
     }
     curve = [{"step": 50, **point, "unlearning_accuracy": 0.5}, {"step": 100, **point}]
-    attacks = {"mia_auc": 0.5, "mia_tpr": 0.0, "relearning_steps": 5, "probes": [{"recognised": 0.25}]}
+    probes = [{"probe": "t_init", "recognised": 0.9}, {"probe": "weights", "recognised": 0.25}]
+    attacks = {"mia_auc": 0.5, "mia_auc_low": 0.4, "mia_auc_high": 0.6, "mia_tpr": 0.0, "relearning_steps": 5}
+    attacks |= {"probes": probes}
     line = {**Job("reported", method, 2.0, (7,), seed).key, "marks": {"equal_steps": 100, "equal_seconds": 90}}
     return {**line, "equal_steps": point, "equal_seconds": point, "curve": curve, "attacks": attacks, **more}
 
@@ -169,12 +182,12 @@ def test_a_target_counts_from_where_it_stays():
 
 def test_verdicts_say_only_what_intervals_show():
     sure = statistics.Interval
-    assert tables.verdict(None, None, None) == "no difference shown"
+    assert falsification.verdict(None, None, None) == "no difference shown"
     assert (
-        tables.verdict(sure(0.1, 0.05, 0.2), sure(0, -1, 1), sure(1.2, 1.1, 1.3))
+        falsification.verdict(sure(0.1, 0.05, 0.2), sure(0, -1, 1), sure(1.2, 1.1, 1.3))
         == "better: unlearned; worse: distance"
     )
-    assert tables.verdict(sure(0.1, None, None), None, sure(0.5, 0.4, 0.6)) == "better: distance"
+    assert falsification.verdict(sure(0.1, None, None), None, sure(0.5, 0.4, 0.6)) == "better: distance"
 
 
 def results():
@@ -184,7 +197,7 @@ def results():
         | {"flops": {"step": 1e9, "setup": 0}, "parameters": 100, "trained": 25, "mask_density": 0.25}
         for name in DEFAULT
     ]
-    return tables.Results([*timings, *lines], DEFAULT, KNOWN)
+    return Results([*timings, *lines], plan(seeds=(0, 1, 2), samples=200), KNOWN)
 
 
 def test_tables_say_what_the_lines_say():
@@ -196,15 +209,63 @@ def test_tables_say_what_the_lines_say():
     assert quality["random"][4].startswith("4 ± ") and quality["random"][1] == "100"
     claims = {row[0]: row for row in made["Does the mask help?"].rows}
     assert claims["pecker against random"][-1] == "better: distance"
-    assert "| pecker | 25% | 2 | 100.0 ms | 1.00x |" in made["Cost"].markdown()
+    assert "| pecker | 25.0% | 2 * | 100 ms | 1.00x |" in made["Cost"].markdown()  # the end of the grid
+    assert "| pecker | 0.5 ± 0 | 0.5 ± 0 | 0.50 (0.40 to 0.60) | 0.0% | 5 | 25% |" in (
+        made["What is left in the weights"].markdown()
+    )
     assert made["Cost"].text().splitlines()[1].startswith("sfd ")
 
 
 def test_diverged_runs_are_counted_not_hidden():
     found = results()
     lost = {**Job("reported", "pecker", 2.0, (7,), 3).key, "marks": {"equal_steps": 100, "equal_seconds": 90}}
-    found = tables.Results([*found.lines, {**lost, "curve": [], "failed": "the loss is NaN"}], DEFAULT, KNOWN)
+    found = Results([*found.lines, {**lost, "curve": [], "failed": "the loss is NaN"}], found.plan, KNOWN)
     assert [row[0] for row in tables.quality(found, "equal_steps").rows][1] == "pecker (1 of 4 diverged)"
+
+
+def test_what_diverges_gets_no_verdict_from_the_runs_that_are_left():
+    found = results()
+    lines = [line for line in found.lines if (line["method"], line.get("seed")) != ("pecker", 0)]
+    lost = {**Job("reported", "pecker", 2.0, (7,), 0).key, "marks": {"equal_steps": 100, "equal_seconds": 90}}
+    found = Results([*lines, {**lost, "curve": [], "failed": "the loss is NaN"}], found.plan, KNOWN)
+    rows = {row[0]: row for row in falsification.falsification(found).rows}
+    assert rows["pecker against random"][-1] == "no verdict: 1 of 3 diverged, against 0 of 3 diverged"
+
+
+def test_a_difference_of_one_image_is_none():
+    one = statistics.Interval(0.005, 0.005, 0.005)  # the same in every seed, and so without width
+    assert falsification.verdict(one, None, None, least=1 / 200) == "no difference shown"
+    assert falsification.verdict(one, None, None, least=1 / 400) == "better: unlearned"
+
+
+def test_a_class_that_never_went_away_is_not_one_that_stayed_away():
+    def relearned(*steps):
+        runs = [reported("sfd", seed, 1.0) for seed in range(len(steps))]
+        for run, found in zip(runs, steps, strict=True):
+            run["attacks"] = {**run["attacks"], "relearning_steps": found}
+        return tables.privacy(Results(runs, plan(seeds=tuple(range(len(steps)))), KNOWN)).rows[0][5]
+
+    assert (
+        relearned(0, 0, 0) == "0" and relearned(None, None, 5) == "more than 100" and relearned(5, 5, None, None) == "5"
+    )
+
+
+def test_only_what_is_asked_for_is_counted_and_once():
+    lines = [
+        *results().lines,
+        reported("pecker", 0, 9.0),
+        reported("pecker", 7, 9.0),
+        reported("pecker", 0, 9.0, factor=4),
+    ]
+    jobs = plan(seeds=(0, 1, 2)).reported(KNOWN, dict.fromkeys(DEFAULT, 2.0))
+    assert selected(lines, jobs) == results().lines
+
+
+def test_another_process_is_kept_out(tmp_path):
+    with Store(tmp_path, {}), pytest.raises(ValueError, match="another process works in it"), Store(tmp_path, {}):
+        pass
+    with Store(tmp_path, {}):
+        pass
 
 
 def test_timings_are_found_by_method():

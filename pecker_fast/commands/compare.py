@@ -60,12 +60,17 @@ def _plan(options: argparse.Namespace) -> Any:
         methods=names,
         forget=tuple(options.forget_class),
         seeds=tuple(options.seeds),
-        tuning_forget=tuple(options.tuning_class),
+        tuning_forget=tuple(options.tuning_class or _another(options.forget_class)),
         tuning_seeds=tuple(options.tuning_seeds),
         factors=tuple(options.learning_rate_factors),
         steps=options.max_train_steps,
         samples=options.num,
     )
+
+
+def _another(forget: list[int]) -> tuple[int]:
+    """A class that is not reported: the first one."""
+    return (next(label for label in range(len(forget) + 1) if label not in forget),)
 
 
 def _dry_run(options: argparse.Namespace, harness: Any) -> Outcome:

@@ -21,7 +21,7 @@ _DISTILLATION = {
     "lr_warmup_steps": "warmup_steps",
 }
 """Flag -> field of ``DistillConfig``; the diffusion models take those that ``BaselineConfig`` has too."""
-_BOTH = ("batch_size", "ema_decay", "warmup_steps")
+_BOTH = ("batch_size", "forget_batch_size", "ema_decay", "warmup_steps")
 
 
 def check_flags(options: argparse.Namespace) -> None:
@@ -34,6 +34,8 @@ def check_flags(options: argparse.Namespace) -> None:
     if given and len(given) < len(_FOLDERS):
         absent = next(name for name in _FOLDERS if name not in given)
         raise ValueError(f"--{absent}: another task than the digits needs {', '.join(f'--{n}' for n in _FOLDERS)}")
+    if not given and options.null_class:
+        raise ValueError("--null_class: the model of the digits has none; it is for a task of your own")
     if not given:
         for name in (*_DISTILLATION, "generator_lr", "learning_rate", "retrain_steps", "max_train_samples"):
             if getattr(options, name) is not None:
@@ -43,7 +45,7 @@ def check_flags(options: argparse.Namespace) -> None:
 def task_flags(options: argparse.Namespace) -> argparse.Namespace:
     """What ``load_task`` looks at, and nothing else: it is sent to other processes."""
     names = (*_FOLDERS, *_DISTILLATION, "generator_lr", "learning_rate", "retrain_steps", "max_train_samples")
-    names = (*names, "cache_dir", "quiet", "short", "device")
+    names = (*names, "null_class", "cache_dir", "quiet", "short", "device")
     return argparse.Namespace(**{name: getattr(options, name) for name in names})
 
 
@@ -71,9 +73,11 @@ def load_task(options: argparse.Namespace) -> Task:
         train=train,
         held_out=held_out,
         distillation=distillation,
-        diffusion={name: distillation[name] for name in _BOTH if name in distillation} | {"sampling_steps": steps},
-        rules={},
+        diffusion={name: distillation[name] for name in _BOTH if name in distillation}
+        | {"sampling_steps": steps, "null_class": options.null_class},
+        rules={"random_label": {"class_dropout": 0.1}} if options.null_class else {},
         distillation_lr=options.generator_lr or 1e-5,
         diffusion_lr=options.learning_rate or 1e-4,
         retrain_steps=options.retrain_steps or 1000,
+        retraining={"batch_size": options.train_batch_size} if options.train_batch_size else {},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -17,25 +18,22 @@ from pecker_fast.compare.task import Task
 from pecker_fast.config import DistillConfig
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.mask import BlockMask
+from pecker_fast.mask_config import MaskConfig
+from pecker_fast.maskable import survey
+from pecker_fast.saliency import Saliency
 
 
-class Contestant(Protocol):
-    """What is asked of a ``MaskedDistiller`` or a ``Baseline``."""
+class Runner(Protocol):
+    """What one run asks of whatever forgets."""
 
-    mask: BlockMask | None
-    active: ActiveParameters
     device: torch.device
 
     def build_mask(self) -> BlockMask:
         """Choose the active weights, and get everything ready to train."""
         ...
 
-    def step(self) -> dict[str, Tensor]:
-        """One step."""
-        ...
-
     def run(self, steps: int, *, progress: bool = True, label: str = ...) -> Iterator[Mapping[str, float]]:
-        """Steps, one after the other."""
+        """Steps, one after the other, each with its number as "step"."""
         ...
 
     def sample(self, condition: Tensor, *, seed: int | None = None) -> Tensor:
@@ -44,10 +42,6 @@ class Contestant(Protocol):
 
     def averaged(self) -> AbstractContextManager[nn.Module]:
         """The network with the weights that are sampled from."""
-        ...
-
-    def flops(self) -> dict[str, Any]:
-        """Of a step, of the mask, and of what else comes before the first step."""
         ...
 
     @property
@@ -61,11 +55,23 @@ class Contestant(Protocol):
         ...
 
 
+class Contestant(Runner, Protocol):
+    """What timing asks besides, of a ``MaskedDistiller`` or a ``Baseline``."""
+
+    def step(self) -> dict[str, Tensor]:
+        """One step."""
+        ...
+
+    def flops(self) -> dict[str, Any]:
+        """Of a step, of the mask, and of what else comes before the first step."""
+        ...
+
+
 def make(method: Method, task: Task, job: Job) -> Contestant:
     """Ready for ``build_mask()``; the task's networks stay as they are."""
     override = task.overrides(job.forget)
     common: dict[str, Any] = {"forget": job.forget, "override": override, "num_classes": task.num_classes}
-    common |= {"sample_shape": task.sample_shape, "seed": job.seed, "mask": method.mask}
+    common |= {"sample_shape": task.sample_shape, "seed": job.seed, "mask": _mask(method, task)}
     if method.family == "distillation":
         rates = dict.fromkeys(("generator_lr", "fake_score_lr"), task.distillation_lr * job.factor)
         config = DistillConfig(**{**common, **task.distillation, **rates, **method.settings})
@@ -76,7 +82,19 @@ def make(method: Method, task: Task, job: Job) -> Contestant:
     return Baseline(task.true_score, task.schedule, settings, data=task.train)
 
 
-def get_ready(contestant: Contestant) -> BlockMask:
+def _mask(method: Method, task: Task) -> MaskConfig:
+    """The method's mask; one by chance is as dense as what it stands against comes out, whatever is ranked."""
+    if method.as_dense_as is None:
+        return method.mask
+    like, weights = method.as_dense_as, dict(task.true_score.named_parameters())
+    rng = torch.Generator().manual_seed(0)
+    found = survey(task.true_score)
+    values = {name: torch.rand(weights[name].shape, generator=rng) for name in found.maskable}
+    saliency = Saliency(values, found.total, found.embeddings)
+    return replace(method.mask, density=BlockMask.from_saliency(saliency, like.density, like.block, like.scope).density)
+
+
+def get_ready(contestant: Runner) -> BlockMask:
     """All that comes before the first step: the mask, and what Selective Amnesia remembers."""
     mask = contestant.build_mask()
     if isinstance(contestant, Baseline):
@@ -84,9 +102,10 @@ def get_ready(contestant: Contestant) -> BlockMask:
     return mask
 
 
-def trained(contestant: Contestant) -> nn.Module:
+def trained(contestant: Runner) -> nn.Module:
     """The network that trains, with its current weights."""
-    return contestant.network if isinstance(contestant, Baseline) else contestant.generator  # type: ignore[attr-defined]
+    own: nn.Module = vars(contestant)["generator" if isinstance(contestant, MaskedDistiller) else "network"]
+    return own
 
 
 def networks(contestant: Contestant) -> Iterable[nn.Module]:
@@ -102,9 +121,19 @@ def held_tensors(contestant: Contestant) -> Iterator[Tensor]:
             yield tensor
             if tensor.grad is not None:
                 yield tensor.grad
+    if isinstance(contestant, Baseline):
+        yield from _remembered(contestant)
     for value in vars(contestant).values():
         if isinstance(value, ActiveParameters):
             yield from (tensor for tensor in (value.values, value.grads, value.ema) if tensor is not None)
         elif isinstance(value, torch.optim.Optimizer):
             for state in value.state.values():
                 yield from (tensor for tensor in state.values() if isinstance(tensor, Tensor))
+
+
+def _remembered(baseline: Baseline) -> Iterator[Tensor]:
+    """Selective Amnesia's Fisher information, where it came from, and what it rehearses; the others' real images."""
+    if baseline.work.memory is not None:
+        yield from (tensor for values in vars(baseline.work.memory).values() for tensor in values)
+    for images in baseline.work.images.values():
+        yield images.images

@@ -29,8 +29,8 @@ def gradients(distiller: MaskedDistiller, batches: int = BATCHES, seed: int = 0)
         "cosine": of the two mean gradients, and "cosine_active" on the active weights alone. "mass_forget",
         "mass_retain": share of the summed magnitude of the mean gradient that is on active weights ("mask_density" is
         what chance would have). "signal_forget", "signal_retain": squared norm of the mean gradient over the mean
-        squared norm, unbiased by the number of batches: 1 where all batches agree, 0 where they cancel (a variance of
-        (1 - signal) / signal times the squared mean).
+        squared norm, unbiased by the number of batches: 1 where all batches agree, 0 where they do not (and by chance a
+        little below).
 
     Raises:
         RuntimeError: There is no mask yet.
@@ -78,7 +78,7 @@ def _mean_and_signal(vectors: Iterable[Tensor]) -> tuple[Tensor, float]:
         return total / count, 0.0
     # |sum|^2 has the squares on its diagonal; what is left are count (count - 1) products of different vectors.
     products = (float(total.double().square().sum()) - squares) / (count * (count - 1))
-    return total / count, max(0.0, products) / (squares / count)
+    return total / count, products / (squares / count)
 
 
 def _cosine(a: Tensor, b: Tensor) -> float | None:

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pecker_fast.compare import timing
+from pecker_fast.compare.results import Results
 from pecker_fast.compare.statistics import Interval, mean
 from pecker_fast.compare.store import Line
-from pecker_fast.compare.tables import Results
 from pecker_fast.report import new_figure, write_figure
 
 _FIGURES = (

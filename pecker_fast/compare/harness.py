@@ -14,13 +14,18 @@ import torch
 from tqdm import tqdm
 
 from pecker_fast.compare import figures, judging, page, tables, timing
-from pecker_fast.compare.contestants import Contestant, make
+from pecker_fast.compare.contestants import Runner, make
 from pecker_fast.compare.methods import REFERENCE, Method
 from pecker_fast.compare.one_run import run
 from pecker_fast.compare.plan import Job, Plan, marks, missing
+from pecker_fast.compare.results import Results, selected
+from pecker_fast.compare.retrained import Retrained
 from pecker_fast.compare.store import Line, Store
 from pecker_fast.compare.task import Task
 from pecker_fast.compare.tuning import best_factors
+
+VERSION = 1
+"""Of what a folder holds: of methods, judging and lines."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +48,37 @@ class Harness:
     progress: bool = True
     diagnose: bool = False
 
-    def run(self, folder: Path) -> tables.Results:
-        """Do what is missing in ``folder``, and write the report."""
+    def run(self, folder: Path) -> Results:
+        """Do what is missing in ``folder``, and write the report.
+
+        Raises:
+            ValueError: A class that the task does not have; another comparison in the folder, or one that is running.
+            FileFormatError: The folder cannot be written, or is damaged.
+        """
         task = self.task()
-        store = Store(folder, self.settings(task))
-        self._before(task, store)
-        self._timing(task, store)
-        self._work(self.plan.tuning(self.known), task, store, "tuning")
-        self._work(self._reported(store.lines()), task, store, "runs")
-        return self.report(folder, store, task)
+        self.plan.check_classes(task.num_classes)
+        with Store(folder, self.settings(task)) as store:
+            self._before(task, store)
+            self._timing(task, store)
+            self._work(self.plan.tuning(self.known), task, store, "tuning")
+            self._work(self._reported(store.lines()), task, store, "runs")
+            return self.report(store, task)
 
     def settings(self, task: Task) -> dict[str, Any]:
         """What a folder of runs must agree on; methods and seeds may be added later."""
         chosen = {name: value for name, value in vars(self.plan).items() if name not in ("methods", "seeds")}
-        masks = {name: method.mask.to_dict() for name, method in self.known.items()}
-        return {**task.description(), **chosen, "masks": masks}
+        masked = self.known["random"].mask
+        return {"version": VERSION, **task.description(), **chosen, "density": masked.density, "block": masked.block}
 
-    def report(self, folder: Path, store: Store, task: Task) -> tables.Results:
-        """Tables, pictures and the page of what there is."""
-        results = tables.Results(store.lines(), self.plan.methods, self.known)
+    def report(self, store: Store, task: Task) -> Results:
+        """Tables, pictures and the page of what was asked for."""
+        jobs = self._reported(store.lines())
+        results = Results(selected(store.lines(), jobs), self.plan, self.known)
         made = tables.every(results)
-        (folder / "table.md").write_text(tables.markdown(made), encoding="utf-8")
-        pictures = figures.write(results, folder, task.train.class_names, self.plan.forget)
+        (store.folder / "table.md").write_text(tables.markdown(made), encoding="utf-8")
+        pictures = figures.write(results, store.folder, task.train.class_names, self.plan.forget)
         settings = {"seeds": list(self.plan.seeds), **self.settings(task)}
-        page.write(folder / "report.html", results, made, pictures, settings)
+        page.write(store.folder / "report.html", results, made, pictures, settings)
         return results
 
     # -- the parts ---------------------------------------------------------------------------------
@@ -76,9 +88,9 @@ class Harness:
         if any(line["phase"] == "before" for line in store.lines()):
             return
         untouched = make(self.known["fine_tune"], task, self._job("fine_tune"))
-        panel = judging.Panel(task, self.plan.forget, self.plan.samples)
-        line = {"phase": "before", "method": "before", "equal_steps": panel.verdict(untouched)}
-        store.append({**line, "attacks": panel.attacks(untouched, self.plan.seeds[0])})
+        panel = judging.Panel(task, self.plan.forget, self.plan.samples, self.plan.seeds[0])
+        line = {"phase": "before", "method": "before", "seed": panel.seed, "equal_steps": panel.verdict(untouched)}
+        store.append({**line, "attacks": panel.attacks(untouched)})
         panel.save_picture(untouched, store.folder / "samples" / "before.npz")
 
     def _timing(self, task: Task, store: Store) -> None:
@@ -119,11 +131,11 @@ class Harness:
 
     def _marks(self, job: Job, timings: dict[str, Line], task: Task) -> dict[str, int]:
         if self.known[job.method].own_length:
-            return {"equal_steps": task.retrain_steps, "equal_seconds": task.retrain_steps}
+            return {"equal_steps": task.retrain_steps}
         found = marks(self.plan.steps, timings[REFERENCE], timings[job.method])
-        return (
-            found if job.phase == "reported" else {"equal_seconds": found["equal_seconds"]}
-        )  # what rates are chosen by
+        if job.phase == "reported" or "equal_seconds" not in found:
+            return found
+        return {"equal_seconds": found["equal_seconds"]}  # what rates are chosen by
 
     def _lines(self, work: Sequence[tuple[Job, dict[str, int]]], task: Task, folder: Path) -> Iterator[Line]:
         if self.processes == 1 or len(work) < 2:
@@ -131,14 +143,21 @@ class Harness:
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.processes, context, _start, (self, folder)) as pool:
-            for done in as_completed([pool.submit(_in_process, *job) for job in work]):
-                yield done.result()
+            futures = [pool.submit(_in_process, *job) for job in work]
+            try:
+                for done in as_completed(futures):
+                    yield done.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what is done is kept, what waits is not begun
+                raise
 
 
 def _one(harness: Harness, task: Task, folder: Path, job: Job, at: dict[str, int]) -> Line:
     plan = harness.plan
-    panel = judging.Panel(task, job.forget, plan.samples)
-    contestant: Contestant = make(harness.known[job.method], task, job)
+    samples = plan.samples if job.phase == "reported" else max(2, plan.samples // 2)
+    panel = judging.Panel(task, job.forget, samples, job.seed)
+    method = harness.known[job.method]
+    contestant: Runner = Retrained(task, job) if method.own_length else make(method, task, job)
     line = run(job, contestant, panel, at, harness.diagnose and job.phase == "reported")
     if job.phase == "reported" and job.seed == plan.seeds[0] and "failed" not in line:
         panel.save_picture(contestant, folder / "samples" / f"{job.method}.npz")

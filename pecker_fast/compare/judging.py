@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pecker_fast.attacks import probe, relearn
 from pecker_fast.checkpoint import atomic_file
-from pecker_fast.compare.contestants import Contestant, trained
+from pecker_fast.compare.contestants import Runner, trained
 from pecker_fast.compare.task import Task
 from pecker_fast.metrics import (
     FeatureStatistics,
@@ -29,15 +30,15 @@ from pecker_fast.metrics import (
     unlearning_accuracy,
     wilson_interval,
 )
+from pecker_fast.stopping import fresh_seed
 
 _BATCH = 512
-_NOISE_SEED = 1234
 _NEIGHBOURS = 2000
 """Images of either set in precision, recall, density and coverage: their cost goes with the square."""
 ATTACKED = (0.05, 0.15, 0.3, 0.5)
 """Timesteps at which membership is looked for, as shares of the schedule."""
-RELEARN_IMAGES, RELEARN_STEPS, RELEARN_EVERY = 10, 60, 5
-"""Images that the relearning attack has, steps it may take, and how often it looks."""
+RELEARN_IMAGES, RELEARN_STEPS, RELEARN_EVERY = 10, 100, 5
+"""Images of each class that the relearning attack has, steps it may take, and how often it looks."""
 START_SHARES, NOISE_SCALES = (0.5, 0.8, 1.2, 1.5), (0.8, 1.2)
 """Other starts that a generator is probed from: shares of its timestep, and of the noise's size."""
 
@@ -69,17 +70,19 @@ class Panel:
         task: What it is about.
         forget: The classes.
         samples: Images of each class that a verdict is made of.
+        seed: Of the noise that they are drawn from, the same for every method.
     """
 
     task: Task
     forget: tuple[int, ...]
     samples: int
+    seed: int
 
-    def glance(self, contestant: Contestant) -> dict[str, float]:
+    def glance(self, contestant: Runner) -> dict[str, float]:
         """Accuracies and Fréchet distance, for curves, from a quarter of the images."""
         return self._verdict(self._drawn(contestant, max(2, self.samples // 4)))
 
-    def verdict(self, contestant: Contestant) -> dict[str, Any]:
+    def verdict(self, contestant: Runner) -> dict[str, Any]:
         """Everything that images alone show."""
         seen = self._drawn(contestant, self.samples)
         forgotten, retained = seen.of(self._forgotten(seen.labels)), seen.of(~self._forgotten(seen.labels))
@@ -103,7 +106,7 @@ class Panel:
             "forgotten_probability": entropy.forgotten_probability,
         }
 
-    def attacks(self, contestant: Contestant, seed: int) -> dict[str, Any]:
+    def attacks(self, contestant: Runner) -> dict[str, Any]:
         """What can be got out of the weights: membership, the class itself after a few steps, other starts."""
         generation, judge = contestant.generation, self.task.judge
         current = {name: weight.clone() for name, weight in trained(contestant).state_dict().items()}
@@ -115,18 +118,18 @@ class Panel:
             last = self.task.schedule.num_train_timesteps - 1
             starts["t_inits"] = [min(round(share * generation["t_init"]), last) for share in START_SHARES]
         probes = probe(
-            network, generation, self.forget, judge=judge, weights={"not averaged": current}, seed=seed, **starts
+            network, generation, self.forget, judge=judge, weights={"not averaged": current}, seed=self.seed, **starts
         )
-        images, labels = (tensor.to(contestant.device) for tensor in self._few(seed))
+        images, labels = (tensor.to(contestant.device) for tensor in self._few())
         lr, most = self.task.relearning_lr, {"max_steps": RELEARN_STEPS, "every": RELEARN_EVERY}
-        relearned = relearn(network, generation, images, labels, judge=judge, lr=lr, seed=seed, **most)
-        found: dict[str, Any] = self._membership(network)
+        relearned = relearn(network, generation, images, labels, judge=judge, lr=lr, seed=self.seed, **most)
+        found: dict[str, Any] = self._membership(network, generation)
         return found | {"relearning_steps": relearned.steps_to_return, "relearning": relearned.curve, "probes": probes}
 
-    def save_picture(self, contestant: Contestant, path: Path) -> None:
+    def save_picture(self, contestant: Runner, path: Path) -> None:
         """One image of every class, from the same noise whatever draws, as an npz with ``images`` (uint8, N H W C)."""
         labels = torch.arange(self.task.num_classes)
-        images = contestant.sample(labels.to(contestant.device), seed=_NOISE_SEED).clamp(-1, 1).cpu()
+        images = contestant.sample(labels.to(contestant.device), seed=self._noise_seed).clamp(-1, 1).cpu()
         pixels = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as unfinished, unfinished.open("wb") as file:
@@ -153,10 +156,10 @@ class Panel:
         statistics.update(self._real.features)
         return statistics
 
-    def _drawn(self, contestant: Contestant, samples: int) -> Seen:
+    def _drawn(self, contestant: Runner, samples: int) -> Seen:
         """From the same noise whatever draws."""
         labels = torch.arange(self.task.num_classes).repeat_interleave(samples)
-        return self.look(contestant.sample(labels.to(contestant.device), seed=_NOISE_SEED), labels)
+        return self.look(contestant.sample(labels.to(contestant.device), seed=self._noise_seed), labels)
 
     def _verdict(self, seen: Seen) -> dict[str, float]:
         forgotten = self._forgotten(seen.labels)
@@ -168,8 +171,11 @@ class Panel:
             "frechet_distance": frechet_distance(generated, self._real_statistics),
         }
 
-    def _membership(self, network: nn.Module) -> dict[str, float]:
-        """Of the forgotten classes: images that the diffusion model was trained on, against images it never saw."""
+    def _membership(self, network: nn.Module, generation: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the forgotten classes: images that the diffusion model was trained on, against images it never saw.
+
+        A generator is looked at where it is run, at its own timestep.
+        """
         device = next(network.parameters()).device
         scores = []
         for data in (self.task.train, self.task.held_out):
@@ -177,16 +183,27 @@ class Panel:
             images, labels = data.images[chosen].to(device), data.labels[chosen].to(device)
             predict = lambda x, t, c: network(x, t, c)  # noqa: E731
             timesteps = [round(share * self.task.schedule.num_train_timesteps) for share in ATTACKED]
-            scores.append(denoising_scores(predict, self.task.schedule, images, labels, timesteps=timesteps))
+            how: dict[str, Any] = {"timesteps": timesteps, "seeds": (0, 1)}
+            if generation["kind"] == "one_step":
+                how = {"timesteps": [generation["t_init"]], "seeds": range(len(timesteps) * 2)}
+            scores.append(denoising_scores(predict, self.task.schedule, images, labels, **how))
         found = membership_inference(*scores)
-        return {"mia_auc": found.auc, "mia_tpr": found.tpr, "mia_shuffled_auc": found.shuffled_auc}
+        low, high = found.interval or (None, None)
+        bounds = {"mia_auc_low": low, "mia_auc_high": high, "mia_p_value": found.p_value}
+        return {"mia_auc": found.auc, "mia_tpr": found.tpr, "mia_shuffled_auc": found.shuffled_auc, **bounds}
 
-    def _few(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Images of the forgotten classes that the attacker has: held out, so that they are its own."""
-        data = self.task.held_out
-        chosen = self._forgotten(data.labels).nonzero().flatten()
-        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:RELEARN_IMAGES]
-        return data.images[chosen[order]], data.labels[chosen[order]]
+    def _few(self) -> tuple[Tensor, Tensor]:
+        """Images of each forgotten class that the attacker has: held out, so that they are its own."""
+        data, rng = self.task.held_out, torch.Generator().manual_seed(self.seed)
+        chosen = []
+        for label in self.forget:
+            own = (data.labels == label).nonzero().flatten()
+            chosen.append(own[torch.randperm(len(own), generator=rng)[:RELEARN_IMAGES]])
+        return data.images[torch.cat(chosen)], data.labels[torch.cat(chosen)]
+
+    @property
+    def _noise_seed(self) -> int:
+        return fresh_seed("judging", self.seed)
 
     def _forgotten(self, labels: Tensor) -> Tensor:
         return torch.isin(labels, torch.tensor(self.forget, device=labels.device))

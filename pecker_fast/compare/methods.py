@@ -33,6 +33,7 @@ class Method:
         settings: Fields of ``DistillConfig`` or ``BaselineConfig`` beside the task's.
         tuned_as: The method whose learning rate it takes; None is tuned by itself.
         own_length: It runs for as long as the task says that training from scratch takes, and is not tuned.
+        as_dense_as: The mask whose density it takes: ranked by layer, blocks rarely use up what is asked for.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
     tuned_as: str | None = None
     own_length: bool = False
+    as_dense_as: MaskConfig | None = None
 
     @property
     def needs(self) -> str:
@@ -66,8 +68,8 @@ def _distillation(density: float, block: Block) -> tuple[Method, ...]:
     def masked(kind: str, **changes: Any) -> MaskConfig:
         return MaskConfig(kind=kind, density=density, block=block, **changes)  # type: ignore[arg-type]
 
-    def distilled(name: str, about: str, mask: MaskConfig, tuned_as: str | None = None) -> Method:
-        return Method(name, "distillation", about, mask, tuned_as=tuned_as)
+    def distilled(name: str, about: str, mask: MaskConfig, tuned_as: str | None = None, **more: Any) -> Method:
+        return Method(name, "distillation", about, mask, tuned_as=tuned_as, **more)
 
     shared: dict[str, Any] = {"lr_scale": "none"}
     own_loss: dict[str, Any] = {"saliency": "distillation", "accumulate": "square"}
@@ -76,17 +78,25 @@ def _distillation(density: float, block: Block) -> tuple[Method, ...]:
         distilled("pecker", "saliency of noise prediction, ranked by layer", masked("saliency")),
         distilled("pecker_global", "the same, ranked over the network", masked("saliency", scope="global")),
         distilled("pecker_distillation", "saliency of the generator's own loss", masked("saliency", **own_loss)),
-        distilled("random", "as many weights by chance", masked("random")),
+        distilled("random", "as many weights by chance", masked("random"), as_dense_as=masked("saliency")),
         distilled("complement", "as many, by chance, of those that saliency left", masked("complement")),
         distilled("layer_random", "as many of each layer as saliency chose, by chance", masked("layer_random")),
         distilled("pecker_shared_lr", "pecker at sfd's learning rate", masked("saliency", **shared), REFERENCE),
-        distilled("random_shared_lr", "random at sfd's learning rate", masked("random", **shared), REFERENCE),
+        distilled(
+            "random_shared_lr",
+            "random at sfd's learning rate",
+            masked("random", **shared),
+            REFERENCE,
+            as_dense_as=masked("saliency"),
+        ),
     )
 
 
 def _diffusion(density: float, block: Block) -> tuple[Method, ...]:
     def trained(name: str, about: str, rule: str, mask: MaskConfig = DENSE, **settings: Any) -> Method:
-        return Method(name, "diffusion", about, mask, {"method": rule, **settings}, own_length=rule == "retrain")
+        like = salient if mask is chance else None
+        own = {"method": rule, **settings}
+        return Method(name, "diffusion", about, mask, own, own_length=rule == "retrain", as_dense_as=like)
 
     salun = salun_mask_config(batches=8)
     salient, chance = (MaskConfig(kind=kind, density=density, block=block) for kind in ("saliency", "random"))

@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.compare.tables import Results, Table
+from pecker_fast.compare.results import Results
+from pecker_fast.compare.table import Table
 from pecker_fast.html_page import figure_of, table_of, write_page
 
 
@@ -45,11 +46,13 @@ _INTRODUCTION = (
     "Every method made the same model of {task} forget class {forget}, with {seeds} seeds. Learning rates were chosen "
     "for each on the same grid, with other seeds than those reported. Equal steps are as many as sfd takes, equal "
     "seconds as many as its seconds are good for, with all that comes before the first step. Intervals are Student's, "
-    "95 %; differences and ratios are paired by seed."
+    "95 %; differences and ratios are paired by seed, and there are many: the question that this page is about is the "
+    "first one, and the others are not corrected for their number."
 )
 _CAPTIONS = {
     "What came out": "Means over seeds with 95 % intervals: circles at equal steps, squares at equal seconds.",
-    "On the way": "Means over seeds. Diffusion models start from the model that is to forget, generators from a step.",
+    "On the way": "Means over seeds, of a quarter of the images that the tables have, which makes distances larger. "
+    "Diffusion models start from the model that is to forget, generators from a step of it.",
     "Samples": "From the same noise in every row; the forgotten classes are framed.",
 }
 _MEANINGS = {
@@ -59,9 +62,13 @@ _MEANINGS = {
     "IS, precision, recall": "Of the retained classes, in the judge's predictions and features.",
     "Entropy, p(forgotten)": "Of the judge's prediction, in nats, and what it leaves to the forgotten classes.",
     "MIA AUC": "How well the model's noise prediction tells images of the forgotten class that the original model was "
-    "trained on from images that it never saw: 0.5 is blind.",
-    "Steps to relearn": "Steps of training on ten images of the forgotten class until the judge sees it in half of the "
-    "samples; compare with retrain, which never knew it.",
-    "Seen from other starts": "The largest share of the forgotten class that the judge sees when sampling starts from "
-    "other noise levels.",
+    "trained on from images that it never saw: 0.5 is blind. The interval is that of these images. Where it holds 0.5 "
+    "before anything is forgotten, this attack cannot show anything.",
+    "Steps to relearn": "Steps of training on ten images of the class until the judge sees it in half of the samples; "
+    " compare with retrain, which never knew it.",
+    "Seen from other noise or weights": "The largest share of the forgotten class that the judge sees when sampling "
+    "starts from smaller or larger noise, or has the weights without their running average.",
+    "Learning rate x": "The factor that was chosen; a star marks the end of the grid.",
+    "Cosine, mass, signal": "Of the gradients of the generator's loss on forgotten and on retained classes: how they "
+    "lie to each other, how much of their magnitude is on active weights, how much of them batches agree on.",
 }

@@ -51,7 +51,7 @@ class Plan:
         samples: Images of every class that are judged.
 
     Raises:
-        ValueError: Something is missing or out of range, or a seed is both tuned on and reported.
+        ValueError: Something is missing or out of range, or a seed or class is both tuned on and reported.
     """
 
     methods: tuple[str, ...]
@@ -68,10 +68,25 @@ class Plan:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise ValueError(f"{name}: expected at least one, and none twice, got {list(values)}")
+        if both := set(self.forget) & set(self.tuning_forget):
+            raise ValueError(f"tuning_class: {min(both)} is reported too; tune on other classes than those reported")
         if both := set(self.seeds) & set(self.tuning_seeds):
             raise ValueError(f"tuning_seeds: {min(both)} is reported too; tune on other seeds than those reported")
         if self.steps < 1 or self.samples < 2:
             raise ValueError(f"expected at least 1 step and 2 samples, got {self.steps} and {self.samples}")
+
+    def check_classes(self, num_classes: int) -> None:
+        """Refuse classes that the task does not have.
+
+        Raises:
+            ValueError: There is one, or nothing is retained.
+        """
+        for name, labels in (("forget_class", self.forget), ("tuning_class", self.tuning_forget)):
+            for label in labels:
+                if not 0 <= label < num_classes:
+                    raise ValueError(f"--{name}: unknown class {label}; the task has classes 0 to {num_classes - 1}")
+            if len(labels) == num_classes:
+                raise ValueError(f"--{name}: every class is forgotten; at least one must be retained")
 
     def tuning(self, known: Mapping[str, Method]) -> list[Job]:
         """Runs that learning rates are chosen by; none where there is nothing to choose from."""
@@ -110,7 +125,8 @@ def missing(jobs: Sequence[Job], lines: Sequence[Line]) -> list[Job]:
 def marks(steps: int, reference: Line, own: Line) -> dict[str, int]:
     """Steps at which a method is judged: as many as the reference, and as many as its seconds are good for.
 
-    What is done before the first step (saliency, Fisher information, replay) is in the seconds.
+    What is done before the first step (saliency, Fisher information, replay) is in the seconds; where it takes all of
+    them, there is no second mark.
 
     Args:
         steps: Of the reference.
@@ -119,4 +135,6 @@ def marks(steps: int, reference: Line, own: Line) -> dict[str, int]:
     """
     budget = reference["setup_seconds"] + steps * reference["step_seconds"]
     affordable = int((budget - own["setup_seconds"]) / own["step_seconds"])
-    return {"equal_steps": steps, "equal_seconds": steps if own["method"] == REFERENCE else max(1, affordable)}
+    if own["method"] == REFERENCE:
+        return {"equal_steps": steps, "equal_seconds": steps}
+    return {"equal_steps": steps, **({"equal_seconds": affordable} if affordable > 0 else {})}

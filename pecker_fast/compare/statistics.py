@@ -56,6 +56,11 @@ def steps_to_target(line: Line) -> float:
     return reached
 
 
+def failures(lines: Sequence[Line]) -> int:
+    """Runs that diverged."""
+    return sum("failed" in line for line in lines)
+
+
 def _paired(ours: Sequence[Line], theirs: Sequence[Line], mark: str, name: str) -> list[tuple[float, float]]:
     other = {line["seed"]: at(line, mark, name) for line in theirs}
     pairs = ((at(line, mark, name), other.get(line["seed"])) for line in ours)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -40,6 +41,23 @@ class Store:
             _check_same(read_json(folder / SETTINGS), known, folder)
         else:
             write_json(folder / SETTINGS, known)
+
+    def __enter__(self) -> Store:
+        """Keep the folder for this process, until the block ends.
+
+        Raises:
+            ValueError: Another one works in it.
+        """
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise ValueError(f"{self.folder}: another process works in it; wait for it, or choose another") from error
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        os.close(self._lock)
 
     def lines(self) -> list[Line]:
         """All that is kept; a last line that was cut short does not count.

@@ -2,88 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import statistics
+from collections.abc import Sequence
 
 from pecker_fast.compare import timing
-from pecker_fast.compare.methods import REFERENCE, Method
-from pecker_fast.compare.statistics import Interval, difference, mean, ratio
+from pecker_fast.compare.falsification import falsification
+from pecker_fast.compare.judging import RELEARN_STEPS
+from pecker_fast.compare.methods import REFERENCE
+from pecker_fast.compare.results import MARKS, Results
+from pecker_fast.compare.statistics import failures, mean, ratio, steps_to_target
 from pecker_fast.compare.store import Line
+from pecker_fast.compare.table import Table, plain, share, times
 
 _NONE = ""
-MARKS = {"equal_steps": "equal steps", "equal_seconds": "equal seconds"}
 
 
-@dataclass(frozen=True)
-class Table:
-    """Text, ready to be laid out.
-
-    Attributes:
-        title: What it is about.
-        head: Column names.
-        rows: Cells.
-    """
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        """As GitHub lays it out."""
-        lines = [self.head, tuple("---" for _ in self.head), *self.rows]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-    def text(self) -> str:
-        """Columns aligned, for the terminal."""
-        widths = [max(len(row[i]) for row in (self.head, *self.rows)) for i in range(len(self.head))]
-        lines = (
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))
-            )
-            for r in (self.head, *self.rows)
-        )
-        return "\n".join(line.rstrip() for line in lines)
+def every(results: Results) -> list[Table]:
+    """All tables that have rows."""
+    qualities = (quality(results, mark) for mark in MARKS)
+    made = [falsification(results), *qualities, privacy(results), cost(results), rates(results), diagnostics(results)]
+    return [table for table in made if table.rows]
 
 
-@dataclass(frozen=True)
-class Results:
-    """What is kept of a comparison, and what its methods are.
+def markdown(tables: Sequence[Table]) -> str:
+    """One after the other, with their titles."""
+    return "\n\n".join(f"### {table.title}\n\n{table.markdown()}" for table in tables if table.rows) + "\n"
 
-    Attributes:
-        lines: Timing, tuning and reported runs.
-        methods: Names, in order.
-        known: All methods.
-    """
 
-    lines: Sequence[Line]
-    methods: tuple[str, ...]
-    known: Mapping[str, Method]
-
-    def of(self, name: str) -> list[Line]:
-        """Reported runs of a method."""
-        return [line for line in self.lines if line["phase"] == "reported" and line["method"] == name]
-
-    def before(self) -> Line | None:
-        """The model before anything is forgotten."""
-        return next((line for line in self.lines if line["phase"] == "before"), None)
+# -- what came out ---------------------------------------------------------------------------------
 
 
 def quality(results: Results, mark: str) -> Table:
-    """What came out, at a mark: means of runs with 95 % intervals."""
-    head = ("method", "steps", "unlearned", "retained", "Fréchet distance", "over sfd's", "IS", "precision", "recall")
+    """What came out, at a mark: means of runs and half the width of their 95 % intervals."""
+    head = (
+        "method",
+        "steps",
+        "unlearned",
+        "retained",
+        "Fréchet distance",
+        "over sfd's",
+        "IS",
+        "precision",
+        "recall",
+        "coverage",
+        "steps to target",
+    )
+    keys = ("inception_score", "precision", "recall", "coverage")
     rows = [_before(results)] if results.before() else []
     for name in results.methods:
         runs = results.of(name)
-        if not runs:
+        if not runs or mark not in runs[0]["marks"]:
             continue
-        steps = runs[0]["marks"][mark]
-        accuracies = (_share(mean(runs, mark, key)) for key in ("unlearning_accuracy", "retain_accuracy"))
-        times = _NONE if name == REFERENCE else _times(ratio(runs, results.of(REFERENCE), mark, "frechet_distance"))
-        rest = (_plain(mean(runs, mark, key)) for key in ("inception_score", "precision", "recall"))
-        rows.append(
-            (_named(name, runs), str(steps), *accuracies, _plain(mean(runs, mark, "frechet_distance")), times, *rest)
-        )
+        steps = f"{runs[0]['marks'][mark]}{' (its own)' if results.known[name].own_length else ''}"
+        accuracies = (share(mean(runs, mark, key)) for key in ("unlearning_accuracy", "retain_accuracy"))
+        reference = results.of(REFERENCE) if name != REFERENCE else []
+        over = times(ratio(runs, reference, mark, "frechet_distance")) if reference else _NONE
+        rest = (plain(mean(runs, mark, key)) for key in keys)
+        distance = plain(mean(runs, mark, "frechet_distance"))
+        rows.append((_named(name, runs), steps, *accuracies, distance, over, *rest, _target(runs)))
     return Table(f"Quality at {MARKS[mark]}", head, tuple(rows))
+
+
+def _before(results: Results) -> tuple[str, ...]:
+    line: Line = results.before() or {}
+    point = line["equal_steps"]
+    shares = (f"{point[key]:.1%}" for key in ("unlearning_accuracy", "retain_accuracy"))
+    rest = (f"{point[key]:.3g}" for key in ("inception_score", "precision", "recall", "coverage"))
+    return ("before", _NONE, *shares, f"{point['frechet_distance']:.3g}", _NONE, *rest, _NONE)
+
+
+def _named(name: str, runs: Sequence[Line]) -> str:
+    failed = failures(runs)
+    return f"{name} ({failed} of {len(runs)} diverged)" if failed else name
+
+
+def _target(runs: Sequence[Line]) -> str:
+    """Median of the looks from which on both accuracies hold."""
+    return _median([steps_to_target(line) for line in runs if "failed" not in line], "not held")
+
+
+def _median(values: Sequence[float], beyond: str) -> str:
+    """Of values of which some may be infinite: not seen within what was looked at."""
+    if not values:
+        return "failed"
+    middle = statistics.median_low(values)
+    return beyond if math.isinf(middle) else f"{middle:g}"
+
+
+# -- what is left in the weights -------------------------------------------------------------------
 
 
 def privacy(results: Results) -> Table:
@@ -92,20 +99,50 @@ def privacy(results: Results) -> Table:
         "method",
         "entropy",
         "p(forgotten)",
-        "MIA AUC",
+        "MIA AUC (of these images)",
         "TPR at 1 % FPR",
         "steps to relearn",
-        "seen from other starts",
+        "seen from other noise or weights",
     )
-    rows = []
+    before = results.before()
+    rows = [_privacy("before", [{**before, "marks": {"equal_steps": 0}}])] if before else []
     for name in results.methods:
         runs = [line for line in results.of(name) if "attacks" in line]
-        if not runs:
-            continue
-        entropy, left = (_plain(mean(runs, _last(runs[0]), key)) for key in ("entropy", "forgotten_probability"))
-        found = (_plain(mean(runs, "attacks", key)) for key in ("mia_auc", "mia_tpr"))
-        rows.append((name, entropy, left, *found, _relearned(runs), _seen(runs)))
+        if runs:
+            rows.append(_privacy(name, runs))
     return Table("What is left in the weights", head, tuple(rows))
+
+
+def _privacy(name: str, runs: Sequence[Line]) -> tuple[str, ...]:
+    entropy, left = (plain(mean(runs, _last(runs[0]), key)) for key in ("entropy", "forgotten_probability"))
+    found = [line["attacks"] for line in runs if "failed" not in line["attacks"]]
+    if not found:
+        return (name, entropy, left, *["failed"] * 4)
+    # Over seeds the images are the same: how sure one can be is a matter of their number.
+    auc, low, high = (_average(found, key) for key in ("mia_auc", "mia_auc_low", "mia_auc_high"))
+    bounds = _NONE if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+    back = [math.inf if line["relearning_steps"] is None else line["relearning_steps"] for line in found]
+    seen = statistics.fmean(max(p["recognised"] for p in line["probes"] if p["probe"] in _SHARED) for line in found)
+    rate = _average(found, "mia_tpr") or 0.0
+    cells = (f"{auc:.2f}{bounds}", f"{rate:.1%}", _median(back, f"more than {RELEARN_STEPS}"), f"{seen:.0%}")
+    return (name, entropy, left, *cells)
+
+
+_SHARED = ("noise_scale", "weights")
+"""Ways of asking that generators and diffusion models have in common."""
+
+
+def _average(found: Sequence[Line], key: str) -> float | None:
+    values = [line[key] for line in found if line[key] is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _last(line: Line) -> str:
+    marks: dict[str, int] = line["marks"]
+    return max(marks, key=marks.__getitem__)
+
+
+# -- what it costs ---------------------------------------------------------------------------------
 
 
 def cost(results: Results) -> Table:
@@ -116,10 +153,11 @@ def cost(results: Results) -> Table:
         "learning rate x",
         "step",
         "over sfd's",
-        "setup",
+        "before the first",
         "FLOPs a step",
+        "FLOPs before",
         "peak memory",
-        "images",
+        "data",
     )
     timings, rows = timing.of(results.lines), []
     for name in results.methods:
@@ -127,39 +165,46 @@ def cost(results: Results) -> Table:
             continue
         own, reference = timings[name], timings.get(REFERENCE)
         over = f"{own['step_seconds'] / reference['step_seconds']:.2f}x" if reference else _NONE
-        factor = next((f"{line['factor']:g}" for line in results.of(name)), _NONE)
-        rows.append(
-            (
-                name,
-                f"{own['mask_density']:.0%}",
-                factor,
-                f"{1e3 * own['step_seconds']:.1f} ms",
-                over,
-                f"{own['setup_seconds']:.1f} s",
-                f"{own['flops']['step'] / 1e9:.3g} G",
-                f"{own['peak_mib']:.0f} MiB",
-                results.known[name].needs,
-            )
-        )
+        flops = (f"{own['flops'][key] / 1e9:.3g} G" for key in ("step", "setup"))
+        seconds = f"{1e3 * own['step_seconds']:.3g} ms", over, f"{own['setup_seconds']:.2g} s"
+        rate, needs = _rate(results, name), results.known[name].needs
+        rows.append((name, f"{own['mask_density']:.1%}", rate, *seconds, *flops, f"{own['peak_mib']:.0f} MiB", needs))
     return Table("Cost", head, tuple(rows))
 
 
-def falsification(results: Results) -> Table:
-    """Saliency against chance, and either against every weight: paired by seed."""
-    head = ("against", "at", "unlearned", "retained", "Fréchet distance", "verdict")
+def _rate(results: Results, name: str) -> str:
+    """The factor that was chosen; a star says that it is the smallest or largest that was tried."""
+    factors, runs = results.plan.factors, results.of(name)
+    if not runs or results.known[name].own_length:
+        return _NONE
+    factor = runs[0]["factor"]
+    edge = len(factors) > 1 and factor in (min(factors), max(factors)) and not results.known[name].tuned_as
+    return f"{factor:g}{' *' if edge else ''}"
+
+
+def rates(results: Results) -> Table:
+    """What the learning rates were chosen by."""
+    tried = [line for line in results.lines if line["phase"] == "tuning"]
+    head = ("method", *(f"x {factor:g}" for factor in results.plan.factors))
+    names = dict.fromkeys(line["method"] for line in tried)
     rows = []
-    for ours, theirs in CLAIMS:
-        if not (results.of(ours) and results.of(theirs)):
-            continue
-        for mark, name in MARKS.items():
-            pair = results.of(ours), results.of(theirs)
-            unlearned = difference(*pair, mark, "unlearning_accuracy")
-            retained = difference(*pair, mark, "retain_accuracy")
-            distance = ratio(*pair, mark, "frechet_distance")
-            found = verdict(unlearned, retained, distance)
-            cells = (_points(unlearned), _points(retained), _times(distance), found)
-            rows.append((f"{ours} against {theirs}", name, *cells))
-    return Table("Does the mask help?", head, tuple(rows))
+    for name in (name for name in results.known if name in names):
+        cells = (
+            _tried([line for line in tried if line["method"] == name and line["factor"] == factor])
+            for factor in results.plan.factors
+        )
+        rows.append((name, *cells))
+    return Table("Tuning: unlearned, retained, Fréchet distance", head, tuple(rows))
+
+
+def _tried(runs: Sequence[Line]) -> str:
+    mark = "equal_seconds" if runs and "equal_seconds" in runs[0]["marks"] else "equal_steps"
+    keys = ("unlearning_accuracy", "retain_accuracy", "frechet_distance")
+    found = [mean(runs, mark, key) for key in keys]
+    if failures(runs) or None in found:
+        return "diverged" if runs else _NONE
+    ua, retain, distance = (interval.value for interval in found if interval is not None)
+    return f"{ua:.0%}, {retain:.0%}, {distance:.3g}"
 
 
 def diagnostics(results: Results) -> Table:
@@ -176,120 +221,7 @@ def diagnostics(results: Results) -> Table:
     )
     rows = []
     for name in results.methods:
-        looked = [
-            {"last": line["diagnostics"][-1], "seed": line["seed"]}
-            for line in results.of(name)
-            if line.get("diagnostics")
-        ]
+        looked = [line for line in results.of(name) if "diagnostics" in line]
         if looked:
-            rows.append((name, *(_plain(mean(looked, "last", key)) for key in keys)))
+            rows.append((name, *(plain(mean(looked, "diagnostics", key)) for key in keys)))
     return Table("Gradients", head, tuple(rows))
-
-
-CLAIMS = (
-    ("pecker", "random"),
-    ("pecker", "sfd"),
-    ("random", "sfd"),
-    ("pecker", "layer_random"),
-    ("pecker", "complement"),
-    ("pecker_global", "random"),
-    ("pecker_distillation", "random"),
-    ("salun", "random_label"),
-    ("random_label_masked", "random_label_random"),
-)
-
-
-def verdict(unlearned: Interval | None, retained: Interval | None, distance: Interval | None) -> str:
-    """Better or worse where an interval says so, and in what."""
-    better: list[str] = []
-    worse: list[str] = []
-    for name, interval, neutral, sign in (
-        ("unlearned", unlearned, 0.0, 1),
-        ("retained", retained, 0.0, 1),
-        ("distance", distance, 1.0, -1),
-    ):
-        if interval is None or interval.low is None or interval.high is None:
-            continue
-        if interval.low > neutral:
-            (better if sign > 0 else worse).append(name)
-        elif interval.high < neutral:
-            (worse if sign > 0 else better).append(name)
-    parts = [f"{word}: {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names]
-    return "; ".join(parts) or "no difference shown"
-
-
-def markdown(tables: Sequence[Table]) -> str:
-    """One after the other, with their titles."""
-    return "\n\n".join(f"### {table.title}\n\n{table.markdown()}" for table in tables if table.rows) + "\n"
-
-
-def every(results: Results) -> list[Table]:
-    """All tables that have rows."""
-    made = [falsification(results), *(quality(results, mark) for mark in MARKS), privacy(results), cost(results)]
-    made.append(diagnostics(results))
-    return [table for table in made if table.rows]
-
-
-def _before(results: Results) -> tuple[str, ...]:
-    line: Line = results.before() or {}
-    point = line["equal_steps"]
-    shares = (f"{point[key]:.1%}" for key in ("unlearning_accuracy", "retain_accuracy"))
-    rest = (f"{point[key]:.3g}" for key in ("inception_score", "precision", "recall"))
-    return ("before", "", *shares, f"{point['frechet_distance']:.3g}", _NONE, *rest)
-
-
-def _last(line: Line) -> str:
-    marks: dict[str, int] = line["marks"]
-    return max(marks, key=marks.__getitem__)
-
-
-def _named(name: str, runs: Sequence[Line]) -> str:
-    failed = sum("failed" in line for line in runs)
-    return f"{name} ({failed} of {len(runs)} diverged)" if failed else name
-
-
-def _relearned(runs: Sequence[Line]) -> str:
-    steps = sorted(line["attacks"]["relearning_steps"] or float("inf") for line in runs)
-    middle = steps[len(steps) // 2]
-    return "not in time" if middle == float("inf") else f"{middle:g}"
-
-
-def _seen(runs: Sequence[Line]) -> str:
-    """The start from which the forgotten class shows most, mean over runs of each run's worst."""
-    worst = [max((probe["recognised"] for probe in line["attacks"]["probes"]), default=None) for line in runs]
-    shares = [share for share in worst if share is not None]
-    return f"{sum(shares) / len(shares):.0%}" if shares else _NONE
-
-
-def _plain(interval: Interval | None) -> str:
-    return _mean(interval, "{:.3g}")
-
-
-def _share(interval: Interval | None) -> str:
-    return _mean(interval, "{:.1f}%", 100)
-
-
-def _points(interval: Interval | None) -> str:
-    return _mean(interval, "{:+.1f}", 100)
-
-
-def _mean(interval: Interval | None, form: str, scale: float = 1) -> str:
-    """A mean and half the width of its interval."""
-    if interval is None:
-        return "failed"
-    value = form.format(scale * interval.value)
-    if interval.low is None or interval.high is None:
-        return value
-    half = (
-        form.replace("+", "").replace("%", "").replace(".3g", ".2g").format(scale * (interval.high - interval.low) / 2)
-    )
-    return f"{value} ± {half}"
-
-
-def _times(interval: Interval | None) -> str:
-    """A ratio and its bounds, which are not as far from it on both sides."""
-    if interval is None:
-        return "failed"
-    if interval.low is None or interval.high is None:
-        return f"{interval.value:.2f}x"
-    return f"{interval.value:.2f}x ({interval.low:.2f} to {interval.high:.2f})"

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from pecker_fast.data import ImageData
+from pecker_fast.delta.fingerprint import fingerprint_all
 from pecker_fast.distilled import fingerprint_of
 from pecker_fast.schedule import NoiseSchedule
 
@@ -31,6 +32,7 @@ class Task:
         distillation_lr: Learning rate that factors multiply.
         diffusion_lr: The same for diffusion models.
         retrain_steps: Steps of training from scratch.
+        retraining: Arguments of ``train_denoiser`` that the model itself was trained with.
         relearning_lr: Learning rate of the attacker who wants the class back.
     """
 
@@ -46,7 +48,8 @@ class Task:
     distillation_lr: float
     diffusion_lr: float
     retrain_steps: int
-    relearning_lr: float = 1e-3
+    retraining: Mapping[str, Any]
+    relearning_lr: float = 1e-4
 
     @property
     def num_classes(self) -> int:
@@ -65,11 +68,19 @@ class Task:
 
     def description(self) -> dict[str, Any]:
         """What runs of it depend on, JSON values."""
-        settings = ("distillation", "diffusion", "rules")
+        settings = ("distillation", "diffusion", "rules", "retraining")
         numbers = ("distillation_lr", "diffusion_lr", "retrain_steps", "relearning_lr")
         networks = {name: fingerprint_of(getattr(self, name)) for name in ("true_score", "judge")}
-        images = {"train": len(self.train), "held_out": len(self.held_out)}
-        return {"task": self.name, **networks, "images": images, **{n: getattr(self, n) for n in (*settings, *numbers)}}
+        images = {name: _marks(getattr(self, name)) for name in ("train", "held_out")}
+        schedule = self.schedule.to_dict()
+        own = {name: getattr(self, name) for name in (*settings, *numbers)}
+        return {"task": self.name, **networks, "schedule": schedule, "images": images, **own}
+
+
+def _marks(data: ImageData) -> dict[str, Any]:
+    """How many images, and a fingerprint of them and of their labels."""
+    tensors = {"images": data.images, "labels": data.labels}
+    return {"images": len(data), "fingerprint": f"{fingerprint_all(tensors, progress=False):016x}"}
 
 
 def digits(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> Task:
@@ -92,15 +103,15 @@ def digits(cache_dir: Path | None = None, progress: bool = True, short: bool = F
         distillation={name: getattr(settings, name) for name in names}
         | {"batch_size": 32, "forget_batch_size": 8, "forget_weight": 0.05, "ema_decay": 0.95},
         diffusion={"batch_size": 32, "forget_batch_size": 32, "ema_decay": 0.95, "warmup_steps": 10}
-        | {"sampling_steps": 4 if short else 20, "fisher_timesteps": 2 if short else 50}
-        | {"fisher_samples": 2 if short else 10, "replay_samples": 4 if short else 200},
+        | {"sampling_steps": 4 if short else 20, "fisher_timesteps": 2 if short else 25}
+        | {"fisher_samples": 2 if short else 4, "replay_samples": 4 if short else 200},
         rules={
             # Published, lambda is 10 and holds everything, and ascent is a thousand times what it is held by.
             "selective_amnesia": {"ewc_weight": 1e-3},
             "gradient_ascent": {"forget_weight": 0.05, "retain_weight": 1.0},
-            "retrain": {"batch_size": 128, "learning_rate": 3e-3, "ema_decay": 0.998},
         },
         distillation_lr=1e-3,
         diffusion_lr=5e-4,
         retrain_steps=20 if short else 1000,
+        retraining={"batch_size": 128, "learning_rate": 5e-3, "ema_decay": 0.998},
     )

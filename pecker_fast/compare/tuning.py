@@ -13,7 +13,7 @@ UA, RETAIN = 0.95, 0.9
 
 
 def best_factors(lines: Sequence[Line], factors: Sequence[float], names: Sequence[str]) -> dict[str, float]:
-    """Method -> factor: judged at equal seconds, over all tuning runs of the method at that rate.
+    """Method -> factor: judged at equal seconds (at equal steps without any), over all tuning runs at that rate.
 
     Of the rates whose worst run reaches the target, the one with the lowest mean Fréchet distance; where none does, the
     one whose worst accuracy, of unlearning and retaining, is highest. With one rate there is no choice.
@@ -40,7 +40,7 @@ def _of(line: Line, name: str, factor: float) -> bool:
 def _rank(lines: Sequence[Line]) -> tuple[bool, float]:
     if any("failed" in line for line in lines):
         return False, -math.inf
-    found: list[Mapping[str, float]] = [line["equal_seconds"] for line in lines]
+    found: list[Mapping[str, float]] = [line.get("equal_seconds") or line["equal_steps"] for line in lines]
     ua, retain = (min(point[name] for point in found) for name in ("unlearning_accuracy", "retain_accuracy"))
     if ua >= UA and retain >= RETAIN:
         return True, -fmean(point["frechet_distance"] for point in found)
