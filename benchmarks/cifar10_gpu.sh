@@ -148,7 +148,7 @@ run_compare() { # LIMIT_S
 
 make_assets() { # LIMIT_S
   progress teacher >/dev/null && progress judge >/dev/null || { left "assets: waits for teacher and judge"; return; }
-  run assets "$1" "$python" benchmarks/cifar10.py assets "$out" "$data" --images "$images" || failed=1
+  run assets "$1" "$python" benchmarks/cifar10_assets.py "$out" "$data" --images "$images" || failed=1
 }
 
 while ((${#parts[@]})); do

@@ -122,10 +122,12 @@ def train_denoiser(
 
 def _rates(optimizer: torch.optim.Optimizer, steps: int, done: int, warmup: int) -> tuple[LRScheduler, ...]:
     """A cosine over ``steps`` of which some are done, after a linear warm-up from here."""
-    for group in optimizer.param_groups if done else ():
-        group["initial_lr"] = group["lr"]
-        group["lr"] *= (1 + math.cos(math.pi * (done - 1) / steps)) / 2
-    cosine = CosineAnnealingLR(optimizer, steps, last_epoch=done - 1)
+    cosine = CosineAnnealingLR(optimizer, steps)
+    if done:
+        for group in optimizer.param_groups:
+            group["lr"] *= (1 + math.cos(math.pi * done / steps)) / 2
+        rates = [group["lr"] for group in optimizer.param_groups]
+        cosine.load_state_dict({"last_epoch": done, "_step_count": done + 1, "_last_lr": rates})
     if not warmup:
         return (cosine,)
     return cosine, LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)

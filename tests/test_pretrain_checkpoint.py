@@ -90,12 +90,14 @@ def test_what_ends_early_leaves_the_average_so_far(start, tmp_path):
 
 
 def test_a_step_that_is_skipped_is_skipped_by_the_schedule(start):
-    """Adam's first step moves weights by the learning rate: here of the last step, alone."""
+    """Adam's first step moves weights by the learning rate: here of the last step, alone; half of it, warming up."""
     before = start.conv_in.weight.detach()
-    for steps in (4, 100):
-        last = train(start, steps=steps, first_step=steps - 1, learning_rate=0.1, warmup_steps=0)[1]
-        expected = 0.1 * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2
+    for steps, warmup in ((4, 0), (4, 1), (100, 0)):
+        last = train(start, steps=steps, first_step=steps - 1, learning_rate=0.1, warmup_steps=warmup)[1]
+        expected = 0.1 * (1 + math.cos(math.pi * (steps - 1) / steps)) / 2 / (1 + warmup)
         assert float((last.conv_in.weight.detach() - before).abs().max()) == pytest.approx(expected, rel=1e-2)
+    second = train(start, steps=4, first_step=2, learning_rate=0.1, warmup_steps=0)
+    assert not equal(second, train(start, steps=4, learning_rate=0.1, warmup_steps=0))
     with pytest.raises(ValueError, match="first_step"):
         train(start, first_step=STEPS)
 
