@@ -10,8 +10,9 @@
 # OUT stays below 60 MiB and is all that a later call needs, on this machine or another. Training state is larger: it
 # lies in SCRATCH (OUT.scratch), and where that is gone the teacher goes on from its averaged weights in OUT with a new
 # optimizer and a warm-up, which OUT/teacher/pretrain.json and the model card record ("restarts").
-# SECONDS_IN_ALL (560) is for all parts of a call; TEACHER_STEPS, JUDGE_STEPS, COMPARE_STEPS, METHODS, SEEDS and FACTORS
-# change the work, and must be the same in every call (METHODS and SEEDS may grow).
+# SECONDS_IN_ALL (560) is for all parts of a call, TEACHER_SECONDS for the teacher's steps in it. TEACHER_STEPS,
+# JUDGE_STEPS, COMPARE_STEPS, METHODS, SEEDS and FACTORS change the work, and must be the same in every call
+# (METHODS and SEEDS may grow).
 # PECKER_FAST_REHEARSE=1 rehearses everything at tiny sizes on a CPU, with made-up images if CIFAR10_DIR is not set.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: CIFAR10_DIR=DATA benchmarks/cifar10_gpu.sh OUT [PART...]}" && cd "$1" && pwd)
@@ -29,12 +30,14 @@ declare -A weight=([teacher]=60 [judge]=30 [compare]=60 [assets]=15)
 parts=("$@")
 ((${#parts[@]})) || parts=(teacher judge compare assets)
 for part in "${parts[@]}"; do
-  [[ -n ${weight[$part]:-} ]] || { echo "unknown part $part; expected some of teacher judge compare assets" >&2; exit 2; }
+  [[ -n ${weight[$part]:-} ]] && continue
+  echo "unknown part $part; expected some of teacher judge compare assets" >&2
+  exit 2
 done
 
 stored=(--save_dtype float16 --max_shard_size 16MB)
-teacher=(--width 64 --num_res_blocks 2 --class_dropout 0.1 --max_train_steps "${TEACHER_STEPS:-30000}" --ema_decay 0.9995
-  --train_batch_size 256 --learning_rate 5e-4 --lr_warmup_steps 500 --mixed_precision bf16 --num_inference_steps 50
+teacher=(--width 64 --num_res_blocks 2 --class_dropout 0.1 --max_train_steps "${TEACHER_STEPS:-30000}"
+  --ema_decay 0.9995 --train_batch_size 256 --learning_rate 5e-4 --lr_warmup_steps 500 --mixed_precision bf16 --num_inference_steps 50
   --checkpointing_steps 2000)
 judge=(--width 48 --max_train_steps "${JUDGE_STEPS:-8000}" --train_batch_size 256)
 compare=(--max_train_steps "${COMPARE_STEPS:-1500}" --num 500 --train_batch_size 128 --forget_batch_size 16
@@ -52,7 +55,7 @@ if [[ ${PECKER_FAST_REHEARSE:-0} == 1 ]]; then
     "$python" benchmarks/cifar10.py made_up "$CIFAR10_DIR/plain_text" || exit 1
   fi
 fi
-data=${CIFAR10_DIR:?is not set; expected a folder that holds plain_text/train-*.parquet and plain_text/test-*.parquet}/plain_text
+data=${CIFAR10_DIR:?is not set; expected a folder that holds plain_text/train-*.parquet and test-*.parquet}/plain_text
 [[ -d $data ]] || { echo "$data: no such folder; set CIFAR10_DIR" >&2; exit 2; }
 mkdir -p "$scratch"
 failed=0 unfinished=0
@@ -95,8 +98,8 @@ progress() { # teacher | judge; nothing but an exit status, or what is left
 
 # A model folder without what lies beside it, replacing the older one only once it is whole.
 keep() { # FROM TO REPORT
-  rm -rf "$2.new" && mkdir "$2.new" && cp "$1"/config.json "$1/$3" "$1"/diffusion_pytorch_model* "$2.new" && rm -rf "$2" &&
-    mv "$2.new" "$2"
+  rm -rf "$2.new" && mkdir "$2.new" && cp "$1"/config.json "$1/$3" "$1"/diffusion_pytorch_model* "$2.new" &&
+    rm -rf "$2" && mv "$2.new" "$2"
 }
 
 train_teacher() { # LIMIT_S
@@ -109,8 +112,8 @@ train_teacher() { # LIMIT_S
     note "teacher: no checkpoint in SCRATCH; goes on from the weights in OUT with a new optimizer"
   fi
   [[ -n ${TEACHER_SECONDS:-} ]] && limit=$TEACHER_SECONDS
-  pecker_fast teacher "$1" pretrain --train_data_dir "$data" --output_dir "$scratch/teacher" "${teacher[@]}" "${stored[@]}" \
-    --checkpoints_total_limit 1 --max_train_seconds "$limit" "${from[@]}"
+  pecker_fast teacher "$1" pretrain --train_data_dir "$data" --output_dir "$scratch/teacher" "${teacher[@]}" \
+    "${stored[@]}" --checkpoints_total_limit 1 --max_train_seconds "$limit" "${from[@]}"
   status=$?
   case $status in
     0) ;;
@@ -124,7 +127,8 @@ train_teacher() { # LIMIT_S
 train_judge() { # LIMIT_S
   progress judge >/dev/null && { note "judge: done already"; return; }
   rm -rf "$scratch/judge"
-  pecker_fast judge "$1" judge --train_data_dir "$data" --augment --output_dir "$scratch/judge" "${judge[@]}" "${stored[@]}" &&
+  pecker_fast judge "$1" judge --train_data_dir "$data" --augment --output_dir "$scratch/judge" "${judge[@]}" \
+    "${stored[@]}" &&
     keep "$scratch/judge" "$out/judge" judge.json || failed=1
 }
 
@@ -134,7 +138,8 @@ run_compare() { # LIMIT_S
   # shellcheck disable=SC2206
   command=(compare --pretrained_model_name_or_path "$out/teacher" --judge "$out/judge" --train_data_dir "$data"
     --methods ${METHODS:-sfd pecker random} --seeds ${SEEDS:-0 1} --learning_rate_factors ${FACTORS:-1 3}
-    --forget_class 0 --tuning_class 5 --generator_lr 1e-4 --forget_weight 0.05 --output_dir "$out/compare" "${compare[@]}")
+    --forget_class 0 --tuning_class 5 --generator_lr 1e-4 --forget_weight 0.05 --output_dir "$out/compare"
+    "${compare[@]}")
   "$python" -m pecker_fast "${command[@]}" --dry_run --json >"$plan" || { failed=1; note "compare: refused"; return; }
   pecker_fast compare "$1" "${command[@]}"
   status=$?
