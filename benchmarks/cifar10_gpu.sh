@@ -37,8 +37,8 @@ done
 
 stored=(--save_dtype float16 --max_shard_size 16MB)
 teacher=(--width 64 --num_res_blocks 2 --class_dropout 0.1 --max_train_steps "${TEACHER_STEPS:-30000}"
-  --ema_decay 0.9995 --train_batch_size 256 --learning_rate 5e-4 --lr_warmup_steps 500 --mixed_precision bf16 --num_inference_steps 50
-  --checkpointing_steps 2000)
+  --ema_decay 0.9995 --train_batch_size 256 --learning_rate 5e-4 --lr_warmup_steps 500 --mixed_precision bf16
+  --num_inference_steps 50 --checkpointing_steps 2000)
 judge=(--width 48 --max_train_steps "${JUDGE_STEPS:-8000}" --train_batch_size 256)
 compare=(--max_train_steps "${COMPARE_STEPS:-1500}" --num 500 --train_batch_size 128 --forget_batch_size 16
   --lr_warmup_steps 20 --ema_decay 0.995)
