@@ -1,7 +1,8 @@
 """The command ``pecker-fast``: arguments in, one outcome or one clear error out.
 
 Exit codes: 0 done, 2 usage (also settings that make no sense, or a package that is missing), 3 a file or
-folder that cannot be read or written, 4 NaN or infinite values, 130 interrupted, 1 anything else.
+folder that cannot be read or written, 4 NaN or infinite values, 5 out of time with a checkpoint to go on from,
+130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from pecker_fast import config_file
 from pecker_fast.commands import Outcome
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
 from pecker_fast.commands.together import run as run_together
-from pecker_fast.errors import FileFormatError, NonFiniteError
+from pecker_fast.errors import FileFormatError, NonFiniteError, OutOfTimeError
 from pecker_fast.parser import build_parser
 
-USAGE, BAD_FILE, NON_FINITE, INTERRUPTED = 2, 3, 4, 130
+USAGE, BAD_FILE, NON_FINITE, OUT_OF_TIME, INTERRUPTED = 2, 3, 4, 5, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +62,8 @@ def _attempt(options: argparse.Namespace) -> Ended:
         return Ended(INTERRUPTED, f"interrupted; {str(interrupt) or 'nothing was written'}")
     except NonFiniteError as error:
         return Ended(NON_FINITE, str(error))
+    except OutOfTimeError as error:
+        return Ended(OUT_OF_TIME, str(error))
     except (FileFormatError, OSError) as error:
         return Ended(BAD_FILE, str(error))
     except (ValueError, TypeError, ImportError) as error:

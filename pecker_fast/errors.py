@@ -11,3 +11,16 @@ class FileFormatError(PeckerFastError, ValueError):
 
 class NonFiniteError(PeckerFastError, ValueError):
     """A loss, gradient or statistic became NaN or infinite (exit code 4 of the command line)."""
+
+
+class OutOfTimeError(PeckerFastError):
+    """A training ended at its time limit, before its last step (exit code 5 of the command line).
+
+    Attributes:
+        step: Steps that are done.
+        model: What it would have returned had this been the end.
+    """
+
+    def __init__(self, message: str, step: int, model: object) -> None:
+        super().__init__(message)
+        self.step, self.model = step, model

@@ -147,6 +147,13 @@ def checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume_from_checkpoint", metavar="DIR", help="continue from this checkpoint, or from the latest one")
 
 
+def storage_flags(parser: argparse.ArgumentParser) -> None:
+    """How weights are stored."""
+    add = parser.add_argument
+    add("--save_dtype", choices=("float16", "bfloat16"), help="round weights to this for storing (as they are)")
+    add("--max_shard_size", type=size, metavar="SIZE", help="no file of weights is larger, such as 16MB (one file)")
+
+
 def cache_flags(parser: argparse.ArgumentParser) -> None:
     """The networks of the digits."""
     parser.add_argument(
@@ -167,6 +174,18 @@ def on_off(text: str) -> bool:
     if text not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
     return text == "on"
+
+
+def size(text: str) -> int:
+    """Bytes: an integer, perhaps with KB, MB, GB, KiB, MiB or GiB."""
+    units = {"": 1}
+    for power, prefix in enumerate("KMG", 1):
+        units |= {f"{prefix}B": 1000**power, f"{prefix}iB": 1 << (10 * power)}
+    number = text.rstrip("KMGiB")
+    unit = text[len(number) :]
+    if not number.isdecimal() or int(number) < 1 or unit not in units:
+        raise argparse.ArgumentTypeError(f"expected a size such as 16MB, got {text!r}")
+    return int(number) * units[unit]
 
 
 def positive_int(text: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pecker_fast
 from pecker_fast.compare_flags import compare_command
 from pecker_fast.convert_flags import convert_command
-from pecker_fast.data_flags import data_flags, judge_command, size_flags
+from pecker_fast.data_flags import data_flags, judge_command, pretrain_command
 from pecker_fast.delta_flags import delta_command
 from pecker_fast.distill_flags import distill_command, fake_score_mask_flag, unlearn_command
 from pecker_fast.flags import (
@@ -23,10 +23,8 @@ from pecker_fast.flags import (
     mask_flags,
     new_command,
     override_flag,
-    positive_float,
     positive_int,
     seed,
-    share,
     source_flag,
     switch_flags,
 )
@@ -37,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="pecker-fast", description="Make a diffusion model forget, and show what it forgot.")
     parser.add_argument("--version", action="version", version=f"pecker_fast {pecker_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    making = (_demo, _pretrain, judge_command, _mask, distill_command, unlearn_command)
+    making = (_demo, pretrain_command, judge_command, _mask, distill_command, unlearn_command)
     for add in (*making, _sample, _evaluate, compare_command, delta_command, convert_command, _doctor):
         add(commands)
     return parser
@@ -60,35 +58,6 @@ def _demo(commands: Any) -> None:
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the unlearning runs (0)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), metavar="DIR", help="(runs/demo)")
     cache_flags(parser)
-
-
-def _pretrain(commands: Any) -> None:
-    parser = new_command(
-        commands,
-        "pretrain",
-        "train a small class-conditional diffusion model",
-        "pecker-fast pretrain --train_data_dir shapes --resolution 16 --output_dir teacher",
-    )
-    data_flags(parser, "CIFAR-10, STL-10, parquet, npz or DIR/<class>/*.png (the built-in digits)")
-    size_flags(parser)
-    add = parser.add_argument
-    add("--num_res_blocks", type=positive_int, metavar="N", help="residual blocks a level (1)")
-    add("--class_dropout", type=share, default=0.0, metavar="X", help="share of labels left out (0)")
-    add("--width", type=positive_int, default=16, metavar="N", help="channels of the first level (16)")
-    add("--max_train_steps", type=positive_int, default=1200, metavar="N", help="(1200)")
-    add("--train_batch_size", type=positive_int, default=128, metavar="N", help="(128)")
-    add("--learning_rate", type=positive_float, default=3e-3, metavar="X", help="(3e-3)")
-    add(
-        "--num_train_timesteps",
-        type=positive_int,
-        default=1000,
-        metavar="N",
-        help="of the noise schedule (1000)",
-    )
-    add("--num_inference_steps", type=positive_int, default=20, metavar="N", help="of DDIM when sampling (20)")
-    add("--seed", type=seed, default=0, metavar="N", help="(0)")
-    add("--output_dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
-    device_flag(parser)
 
 
 def _mask(commands: Any) -> None:

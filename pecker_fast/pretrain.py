@@ -1,18 +1,20 @@
 """Training from scratch: the noise-predicting teacher and the classifier that judges its samples."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from pecker_fast.data.images import ImageData
 from pecker_fast.errors import NonFiniteError
+from pecker_fast.pretrain_checkpoint import Checkpoints, State, described
 from pecker_fast.schedule import NoiseSchedule
 
 
@@ -28,11 +30,16 @@ def train_denoiser(
     class_dropout: float = 0.0,
     seed: int = 0,
     progress: bool = True,
+    warmup_steps: int = 0,
+    first_step: int = 0,
+    autocast: torch.dtype | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> nn.Module:
     """Train a class-conditional DDPM by noise prediction (Ho et al. 2020, "simple" loss).
 
     Adam with a cosine learning rate, antithetic timesteps, gradients clipped to norm 1. ``model`` is trained
-    in place; what is worth keeping is the average of its weights that is returned.
+    in place; what is worth keeping is the average of its weights that is returned. A training that is resumed from
+    one of its checkpoints gives the same bits as one that was never interrupted (on one device and thread count).
 
     Args:
         model: ``(x_t, t, label) -> epsilon``, on the device to train on; all parameters must be trainable.
@@ -45,22 +52,35 @@ def train_denoiser(
         class_dropout: Share of labels replaced by the null class ``len(data.class_names)``.
         seed: Fixes batches, noise and dropout (on one device and thread count).
         progress: Show a progress bar on stderr.
+        warmup_steps: The learning rate grows linearly over so many steps at first.
+        first_step: Go on after this step of the schedule, from the model's weights, with a new optimizer, a new average
+            and other draws: what is left to do where an earlier training left nothing but its weights.
+        autocast: Run the network in this dtype where ``torch.autocast`` does; weights stay as they are.
+        checkpoints: When to save, where to resume, and how long to train.
 
     Returns:
         A copy of the model with averaged weights, in eval mode.
 
     Raises:
-        ValueError: An argument is out of range, or a parameter of the model is frozen.
+        FileFormatError: A checkpoint is missing or damaged, or cannot be written.
+        KeyboardInterrupt: ``checkpoints`` was told to interrupt; a checkpoint is written.
         NonFiniteError: The loss became NaN or infinite.
+        OutOfTimeError: The time that ``checkpoints`` allows is up; a checkpoint is written.
+        ValueError: An argument is out of range, a parameter of the model is frozen, or a checkpoint is of other
+            settings.
     """
     _check_arguments(model, data, steps=steps, batch_size=batch_size)
     if not 0.0 <= class_dropout < 1.0 or not 0.0 <= ema_decay < 1.0:
         raise ValueError(f"class_dropout, ema_decay must lie in [0, 1), got {class_dropout}, {ema_decay}")
+    if warmup_steps < 0 or not 0 <= first_step < steps:
+        raise ValueError(
+            f"expected warmup_steps >= 0 and first_step in [0, {steps}), got {warmup_steps} and {first_step}"
+        )
     # What tensor cores want; on CPUs it costs nothing.
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = AveragedModel(model, multi_avg_fn=_warmed_up_average(ema_decay))
     images, labels = _on_device_of(model, data)
-    draw = torch.Generator(images.device).manual_seed(seed)
+    draw = torch.Generator(images.device).manual_seed(seed + first_step)
 
     def loss_of_batch() -> Tensor:
         index = torch.randint(len(images), (batch_size,), generator=draw, device=images.device)
@@ -70,14 +90,47 @@ def train_denoiser(
             condition = condition.masked_fill(drop, len(data.class_names))
         t = antithetic_timesteps(batch_size, schedule.num_train_timesteps, draw)
         epsilon = torch.empty_like(x0).normal_(generator=draw)
-        return F.mse_loss(model(schedule.add_noise(x0, epsilon, t), t, condition), epsilon)
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            return F.mse_loss(model(schedule.add_noise(x0, epsilon, t), t, condition), epsilon)
 
     optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
-    with seeded(seed, images.device):
-        for _ in _optimize(model, optimizer, loss_of_batch, steps=steps, name="denoiser", progress=progress):
+    rates = _rates(optimizer, steps, first_step, warmup_steps)
+    done = first_step
+    with seeded(seed + first_step, images.device):
+        if checkpoints is not None:
+            settings = {
+                "steps": steps,
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+                "ema_decay": ema_decay,
+                "class_dropout": class_dropout,
+                "seed": seed,
+                "warmup_steps": warmup_steps,
+                "autocast": str(autocast),
+                "schedule": schedule.to_dict(),
+            }
+            state = State(model, average, optimizer, rates, draw, {**settings, **described(data, images.device)}, steps)
+            done = checkpoints.begin(state) or first_step
+        todo: dict[str, Any] = {"steps": steps, "done": done, "name": "denoiser", "progress": progress}
+        for step in _optimize(model, optimizer, rates, loss_of_batch, **todo):
             average.update_parameters(model)
+            if checkpoints is not None:
+                checkpoints.after(step, state)
     trained: nn.Module = average.module
     return trained.eval()
+
+
+def _rates(optimizer: torch.optim.Optimizer, steps: int, done: int, warmup: int) -> tuple[LRScheduler, ...]:
+    """A cosine over ``steps`` of which some are done, after a linear warm-up from here."""
+    cosine = CosineAnnealingLR(optimizer, steps)
+    if done:
+        for group in optimizer.param_groups:
+            group["lr"] *= (1 + math.cos(math.pi * done / steps)) / 2
+        rates = [group["lr"] for group in optimizer.param_groups]
+        cosine.load_state_dict({"last_epoch": done, "_step_count": done + 1, "_last_lr": rates})
+    if not warmup:
+        return (cosine,)
+    return cosine, LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
 
 
 def train_classifier(
@@ -123,8 +176,9 @@ def train_classifier(
         return F.cross_entropy(model(batch), labels[index], label_smoothing=0.05)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
+    rates = _rates(optimizer, steps, 0, 0)
     with seeded(seed, images.device):
-        for _ in _optimize(model, optimizer, loss_of_batch, steps=steps, name="classifier", progress=progress):
+        for _ in _optimize(model, optimizer, rates, loss_of_batch, steps=steps, name="classifier", progress=progress):
             pass
     return model.eval()
 
@@ -155,17 +209,18 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 def _optimize(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    rates: Sequence[LRScheduler],
     loss_of_batch: Callable[[], Tensor],
     *,
     steps: int,
     name: str,
     progress: bool,
-) -> Iterator[None]:
-    """Take ``steps`` steps down a cosine learning rate, yielding after each."""
-    cosine: LRScheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    done: int = 0,
+) -> Iterator[int]:
+    """Take those of ``steps`` steps that are not done yet, yielding after each how many are."""
     parameters = list(model.parameters())
-    with tqdm(total=steps, desc=f"training {name}", disable=not progress) as bar:
-        for step in range(steps):
+    with tqdm(total=steps, initial=done, desc=f"training {name}", disable=not progress) as bar:
+        for step in range(done, steps):
             loss = loss_of_batch()
             if not torch.isfinite(loss):
                 raise NonFiniteError(
@@ -176,9 +231,10 @@ def _optimize(
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            cosine.step()
+            for rate in rates:
+                rate.step()
             bar.update()
-            yield
+            yield step + 1
 
 
 def antithetic_timesteps(count: int, total: int, generator: torch.Generator) -> Tensor:

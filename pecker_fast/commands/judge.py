@@ -11,11 +11,13 @@ from pecker_fast import models
 from pecker_fast.checkpoint import atomic_folder, write_json
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.source import torch_device
+from pecker_fast.commands.storing import storage_of
 from pecker_fast.commands.training_data import load_training_data
 from pecker_fast.data import ImageData
 from pecker_fast.evaluation import predict
 from pecker_fast.metrics import wilson_interval
 from pecker_fast.models import DigitsClassifier, ImageClassifier
+from pecker_fast.models.shards import rounded
 from pecker_fast.pretrain import train_classifier
 
 REPORT_NAME = "judge.json"
@@ -46,10 +48,13 @@ def run(options: argparse.Namespace) -> Outcome:
         return dry_run(summary, parameters, [str(options.output_dir / name) for name in names])
     with atomic_folder(options.output_dir) as folder:
         train_classifier(judge, train, progress=not options.quiet, **settings)
+        stored = storage_of(options)
+        if stored["dtype"] is not None:  # so that what is measured is what is stored
+            judge.load_state_dict(rounded(judge.state_dict(), stored["dtype"]))
         right = int((predict(held_out.images.to(device), judge) == held_out.labels).sum())
         low, high = wilson_interval(right, len(held_out))
         accuracy = {"held_out_accuracy": right / len(held_out), "held_out_accuracy_ci95": [low, high]}
-        models.storage.write_model(judge, folder)
+        models.storage.write_model(judge, folder, **stored)
         write_json(folder / REPORT_NAME, {**accuracy, **summary})
     text = f"right on {right / len(held_out):.1%} of {len(held_out)} held-out images  [95 % CI {low:.1%}, {high:.1%}]"
     values = {"output_dir": str(options.output_dir), "parameters": parameters, **accuracy, **summary}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from pecker_fast import models
-from pecker_fast.checkpoint import atomic_folder
+from pecker_fast.checkpoint import atomic_folder, write_json
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.pretraining import REPORT_NAME, Earlier, checkpoints_of, machine
 from pecker_fast.commands.source import torch_device
+from pecker_fast.commands.storing import storage_of
 from pecker_fast.commands.training_data import load_training_data
 from pecker_fast.data import ImageData
+from pecker_fast.errors import OutOfTimeError
 from pecker_fast.models import DDPMUNet
 from pecker_fast.pretrain import train_denoiser
 from pecker_fast.schedule import NoiseSchedule
@@ -39,18 +44,58 @@ def run(options: argparse.Namespace) -> Outcome:
         "steps": options.max_train_steps,
         "batch_size": options.train_batch_size,
         "learning_rate": options.learning_rate,
+        "warmup_steps": options.lr_warmup_steps,
+        "ema_decay": options.ema_decay,
         "class_dropout": options.class_dropout,
         "seed": options.seed,
     }
     parameters = {"model": sum(parameter.numel() for parameter in model.parameters())}
     summary: dict[str, Any] = {"images": len(data), "classes": list(data.class_names), **settings}
+    summary["mixed_precision"] = options.mixed_precision
+    earlier = Earlier.of(options, model, summary)
     if options.dry_run:
-        writes = [str(options.output_dir / name) for name in ("config.json", "diffusion_pytorch_model.safetensors")]
+        names = ("config.json", "diffusion_pytorch_model.safetensors", REPORT_NAME)
+        writes = [str(options.output_dir / name) for name in names]
         return dry_run({**summary, "architecture": architecture, "generation": generation}, parameters, writes)
-    with atomic_folder(options.output_dir) as folder:
-        trained = train_denoiser(model, data, schedule, progress=not options.quiet, **settings)
-        models.storage.write_model(trained, folder, generation)
-    return Outcome({"output_dir": str(options.output_dir), "parameters": parameters, **summary})
+    report = _train(options, model, data, schedule, generation, earlier, settings, summary)
+    return Outcome({"output_dir": str(options.output_dir), "parameters": parameters, **report})
+
+
+def _train(
+    options: argparse.Namespace,
+    model: DDPMUNet,
+    data: ImageData,
+    schedule: NoiseSchedule,
+    generation: Mapping[str, Any],
+    earlier: Earlier,
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Train and write the folder; out of time, that of the average so far, before the error goes on."""
+    started, ended = time.monotonic(), None
+    done: int = options.max_train_steps
+    with atomic_folder(options.output_dir) as folder, checkpoints_of(options, earlier) as checkpoints:
+        try:
+            trained: Any = train_denoiser(
+                model,
+                data,
+                schedule,
+                **settings,
+                progress=not options.quiet,
+                first_step=earlier.steps_done,
+                autocast=torch.bfloat16 if options.mixed_precision == "bf16" else None,
+                checkpoints=checkpoints,
+            )
+        except OutOfTimeError as error:
+            ended, trained, done = error, error.model, error.step
+        seconds = earlier.seconds + time.monotonic() - started if checkpoints is None else checkpoints.seconds
+        restarts = earlier.restarts if checkpoints is None else checkpoints.extra["restarts"]
+        report = {**summary, "steps_done": done, "seconds": seconds, "restarts": restarts, **machine(model)}
+        models.storage.write_model(trained, folder, generation, **storage_of(options))
+        write_json(folder / REPORT_NAME, report)
+    if ended is not None:
+        raise ended
+    return report
 
 
 def _architecture(options: argparse.Namespace, data: ImageData) -> dict[str, Any]:

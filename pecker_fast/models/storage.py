@@ -8,6 +8,9 @@ arguments and, under ``generation``, everything needed to sample from it::
 
 ``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W). A model that carries deltas has
 ``pecker_deltas.json`` beside its weights (see `pecker_fast.delta.ledger`).
+
+Weights may be stored in fewer bits than they are used in, and in several files: then ``config.json`` also has
+``dtype``, what they are loaded in, and ``weights``, the index file (see `pecker_fast.models.shards`).
 """
 
 from collections.abc import Mapping
@@ -30,6 +33,7 @@ from pecker_fast.maskable import STORE
 from pecker_fast.models.classifier import DigitsClassifier
 from pecker_fast.models.ddpm import DDPMUNet
 from pecker_fast.models.resnet import ImageClassifier
+from pecker_fast.models.shards import INDEX_NAME, divide, read_shards, rounded, write_shards
 from pecker_fast.sampling import ddim_sample, one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 
@@ -43,34 +47,54 @@ FORMAT_VERSION = 1
 _CLASSES: dict[str, type[nn.Module]] = {
     network.__name__: network for network in (DDPMUNet, DigitsClassifier, ImageClassifier)
 }
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
-def save(model: nn.Module, folder: StrPath, generation: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module,
+    folder: StrPath,
+    generation: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+) -> None:
     """Write a model folder, complete or not at all (see `pecker_fast.checkpoint.atomic_folder`).
 
     Args:
         model: A `DDPMUNet`, `DigitsClassifier` or `ImageClassifier`, in any dtype and on any device.
         folder: Where to; an older folder is replaced.
         generation: How to sample from the model, as in this module's docstring; None for a classifier.
+        dtype: Round floating-point weights to this for storing; `load` gives them back in the model's own dtype.
+        max_shard_size: Bytes that no file of weights exceeds; None writes one file.
 
     Raises:
         FileFormatError: The folder cannot be written.
         RuntimeError: A masked model's dense weights were changed outside its optimizer.
         TypeError: The model is of another class.
-        ValueError: ``generation`` is incomplete or out of range.
+        ValueError: ``generation`` is incomplete or out of range, ``dtype`` cannot hold the weights, or
+            ``max_shard_size`` not even one of them.
     """
     if _CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(
             f"expected {_known_classes()}, got {type(model).__name__}; unwrap it or save it with its own library"
         )
     with atomic_folder(folder) as unfinished:
-        write_model(model, unfinished, generation)
+        write_model(model, unfinished, generation, dtype=dtype, max_shard_size=max_shard_size)
 
 
-def write_model(model: nn.Module, folder: StrPath, generation: Mapping[str, Any] | None = None) -> None:
+def write_model(
+    model: nn.Module,
+    folder: StrPath,
+    generation: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+) -> None:
     """Write the files of `save` into an existing folder, for callers that put more beside them.
 
-    Unlike `save` it takes any module: one with ``save_pretrained`` (diffusers) writes its own files and
+    Unlike `save` it takes any module: one with ``save_pretrained`` (diffusers) writes its own files, its own way, and
     ``generation.json``; of one that this version cannot build again, ``architecture`` is None.
     """
     if generation is not None:
@@ -86,14 +110,25 @@ def write_model(model: nn.Module, folder: StrPath, generation: Mapping[str, Any]
         write_json(Path(folder) / "generation.json", dict(generation or {}))
         return
     name = type(model).__name__
-    config = {
+    config: dict[str, Any] = {
         "_class_name": name,
         "_format_version": FORMAT_VERSION,
         "architecture": model.config if _CLASSES.get(name) is type(model) else None,
         "generation": None if generation is None else dict(generation),
     }
+    weights = model.state_dict()
+    if dtype is not None:
+        own = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} or {dtype}
+        if len(own) > 1:
+            raise ValueError(f"dtype: the weights are in several, {sorted(map(str, own))}; convert the model first")
+        weights, config["dtype"] = rounded(weights, dtype), str(own.pop()).removeprefix("torch.")
+    groups = [weights] if max_shard_size is None else divide(weights, max_shard_size)
+    if len(groups) > 1:
+        config["weights"] = INDEX_NAME
+        write_shards(Path(folder), groups, {"format": "pt"})
+    else:
+        write_safetensors(Path(folder) / WEIGHTS_NAME, weights, {"format": "pt"})
     write_json(Path(folder) / CONFIG_NAME, config)
-    write_safetensors(Path(folder) / WEIGHTS_NAME, model.state_dict(), {"format": "pt"})
 
 
 def load_config(folder: StrPath) -> dict[str, Any]:
@@ -117,6 +152,10 @@ def load_config(folder: StrPath) -> dict[str, Any]:
         )
     if not isinstance(config.get("architecture"), dict):
         raise FileFormatError(f"{path}: architecture is missing; expected the arguments of {name}")
+    if config.get("dtype") not in (None, *_DTYPES):
+        raise FileFormatError(f"{path}: dtype is {config['dtype']!r}, expected one of {', '.join(_DTYPES)}")
+    if config.get("weights") not in (None, INDEX_NAME):
+        raise FileFormatError(f"{path}: weights is {config['weights']!r:.80}, expected {INDEX_NAME!r} or nothing")
     if config.setdefault("generation", None) is not None:
         try:
             _check_generation(config["generation"])
@@ -125,8 +164,13 @@ def load_config(folder: StrPath) -> dict[str, Any]:
     return config
 
 
-def load(folder: StrPath) -> nn.Module:
-    """Load a model that `save` wrote, in eval mode on the CPU, in the dtype that it was saved in.
+def load(folder: StrPath, dtype: torch.dtype | None = None) -> nn.Module:
+    """Load a model that `save` wrote, in eval mode on the CPU.
+
+    Args:
+        folder: The model folder.
+        dtype: Of floating-point weights; None takes the dtype that the model had when it was saved, also where it was
+            stored in another one.
 
     Raises:
         FileFormatError: A file is missing, truncated or foreign, or the weights do not fit the architecture.
@@ -138,9 +182,14 @@ def load(folder: StrPath) -> nn.Module:
             model = _CLASSES[config["_class_name"]](**config["architecture"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise FileFormatError(f"{folder}: {CONFIG_NAME} cannot be built: {error}") from error
-    path = Path(folder) / WEIGHTS_NAME
-    weights, _ = read_safetensors(path)
+    path = Path(folder) / (config.get("weights") or WEIGHTS_NAME)
+    weights = read_shards(Path(folder)) if path.name == INDEX_NAME else read_safetensors(path)[0]
     _check_weights(path, model.state_dict(), weights)
+    wanted = dtype or _DTYPES.get(config.get("dtype") or "")
+    if wanted is not None:
+        weights = {
+            name: weight.to(wanted) if weight.is_floating_point() else weight for name, weight in weights.items()
+        }
     model.load_state_dict(weights, assign=True)
     deltas = Path(folder) / DELTAS_NAME
     if deltas.exists():
