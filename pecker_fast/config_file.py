@@ -23,6 +23,8 @@ from pecker_fast.errors import FileFormatError
 NAME = "config.yaml"
 """What a command's output folder calls the copy of its flags."""
 MAX_BYTES = 64 * 1024
+_LONGEST = 200
+"""Characters of a value or of somebody else's message that an error quotes."""
 
 _SCALARS = {
     "null": (r"~|null|", ["~", "n", ""]),
@@ -34,15 +36,24 @@ _EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Numbers, texts, true, false, null, lists and mappings; a key that comes twice is refused."""
+    """Numbers, texts, true, false, null, lists and mappings; a key that comes twice and an alias are refused."""
 
     yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if event.anchor is not None:  # aliases of aliases make megabytes out of a few bytes
+            sign = "*" if isinstance(event, yaml.AliasEvent) else "&"
+            problem = f"anchors and aliases are not read, write the value out: {sign}{_cut(event.anchor)}"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                problem = f"{_shown(key.value)} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
 
@@ -87,7 +98,7 @@ def expand(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> list[st
         action = flags.get(key.replace("-", "_"))
         if action is None:
             near = difflib.get_close_matches(key.replace("-", "_"), flags, 1)
-            raise ValueError(f"{path}: unknown key {key}{f'; did you mean {near[0]}?' if near else ''}")
+            raise ValueError(f"{path}: unknown key {_cut(key)}{f'; did you mean {near[0]}?' if near else ''}")
         if action in chosen:
             raise ValueError(f"{path}: {key} is given twice, by two of its names: {', '.join(action.option_strings)}")
         chosen[action] = [] if value is None else _tokens(f"{path}: {key}", action, value)
@@ -113,9 +124,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = yaml.load(content.decode("utf-8"), _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        raise FileFormatError(f"{path}: not YAML that is read here ({_problem(error)})") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        got = type(values).__name__ if not isinstance(values, dict) else f"the keys {list(values)}"
+        got = type(values).__name__ if not isinstance(values, dict) else f"the keys {_shown(list(values))}"
         raise FileFormatError(f"{path}: expected a mapping from flags to values, got {got}")
     return values
 
@@ -203,9 +214,9 @@ def _text(where: str, action: argparse.Action, value: Any) -> str:
     try:
         converted = convert(text)
     except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {_cut(str(error))}") from error
     if action.choices is not None and converted not in action.choices:
-        raise ValueError(f"{where}: expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+        raise ValueError(f"{where}: expected one of {', '.join(map(str, action.choices))}, got {_shown(value)}")
     return text
 
 
@@ -222,7 +233,22 @@ def _kind_of(action: argparse.Action) -> type:
 def _check_type(where: str, kind: type, value: object) -> None:
     fits = type(value) in ((int, float) if kind is float else (kind,))
     if not fits:
-        raise ValueError(f"{where}: expected {_EXPECTED[kind]}, got {value!r}")
+        raise ValueError(f"{where}: expected {_EXPECTED[kind]}, got {_shown(value)}")
+
+
+def _problem(error: Exception) -> str:
+    """What a parser says, with the line."""
+    text = " ".join(str(getattr(error, "problem", None) or error).split())
+    mark = getattr(error, "problem_mark", None)
+    return _cut(text) if mark is None else f"line {mark.line + 1}: {_cut(text)}"
+
+
+def _shown(value: object) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _plain(action: argparse.Action, value: Any) -> Any:

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import yaml
 
 from pecker_fast import NoiseSchedule, config_file, models
 from pecker_fast.cli import main
@@ -52,6 +53,10 @@ def _refused(capsys, command, text, *more, here, code=2):
     return captured.err
 
 
+BOMB = "[&a [1,2,3,4,5,6,7,8,9]"
+for _name, _last in ("ba", "cb", "dc", "ed", "fe"):  # each nine times the one before
+    BOMB += f",&{_name} [{','.join([f'*{_last}'] * 9)}]"
+BOMB += "]"
 UNLEARN = "pretrained_model_name_or_path: teacher\nforget_class: [3]\noutput_dir: out\n"
 
 
@@ -162,7 +167,7 @@ def test_scalars_are_those_of_yaml_1_2(here):
         ("forget_class: [3, x]", "forget_class: expected an integer, got 'x'"),
         ("forget_class: []", "forget_class: expected at least one value, got an empty list"),
         ("forget_class: {3: 4}", "forget_class: expected an integer, got {3: 4}"),
-        ("mask: best", "mask: expected one of saliency, random, dense, got 'best'"),
+        ("mask: best", "mask: expected one of saliency, random, dense, complement, layer_random, got 'best'"),
         ("block: 0x4", "block: expected row, element, auto or OUTxIN such as 64x64, got '0x4'"),
     ],
 )
@@ -184,11 +189,48 @@ def test_wrong_keys_and_values_are_usage_errors(here, capsys, text, message):
         ("? [a]\n: 1", "not YAML"),
         ("a: " + "[" * 500, "not YAML"),
         ("a: " + "b" * MAX_BYTES, "longer than 65536 bytes"),
+        ("a: &x 1\nb: 2", "c.yaml: not YAML that is read here (line 1: anchors and aliases are not read, write"),
+        ("a: 1\nb: *x", "c.yaml: not YAML that is read here (line 2: anchors and aliases are not read"),
+        ("&x\na: 1", "line 1: anchors and aliases are not read, write the value out: &x"),
+        ("seed: " + BOMB, "c.yaml: not YAML that is read here (line 1: anchors"),
+        ("? &x a\n: 1", "line 1: anchors"),
     ],
 )
 def test_what_is_no_mapping_is_a_file_error(here, capsys, text, message):
     assert message in _refused(capsys, "unlearn", text, here=here, code=3)
     assert not (here / "sprung").exists()
+
+
+def test_the_bomb_would_go_off():
+    """A control: what is refused above is some hundred bytes, and a million once it is written out."""
+    assert len(BOMB) < 400
+    assert len(repr(yaml.safe_load(BOMB))) > 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (f"seed: {list(range(9999))}", 2),
+        ("seed: " + "[" * 90 + "1" + "]" * 90, 2),
+        ("seed: " + "b" * 60_000, 2),
+        ("seed: " + "1" * 4000, 2),
+        ("seed: " + "1" * 60_000, 3),
+        ("block: " + "b" * 60_000, 2),
+        ("mask: " + "b" * 60_000, 2),
+        ("b" * 100 + ": " + "b" * 60_000, 2),
+        (f"? {'b' * 60_000}\n: 1", 2),
+        (f"a: !{'b' * 60_000} 1", 3),
+        (f"{list(range(9999))}", 3),
+        (f"{{{', '.join(f'{number}: 1' for number in range(5000))}}}", 3),
+        (f"a: &{'b' * 60_000} 1", 3),
+        (f"? {'b' * 20_000}\n: 1\n? {'b' * 20_000}\n: 2", 3),
+    ],
+    ids=lambda value: value[:9] if isinstance(value, str) else None,
+)
+def test_errors_quote_a_line_and_no_more(here, capsys, text, code):
+    message = _refused(capsys, "unlearn", text, "--output_dir", "out", here=here, code=code)
+    assert "c.yaml: " in message
+    assert len(message) < 1000
 
 
 def test_missing_files_and_required_flags(here, capsys):

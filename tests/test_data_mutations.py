@@ -1,7 +1,9 @@
-"""Damaged files, hundreds a reader: each is refused by name with a reason, or read as what it says."""
+"""Damaged files, hundreds a reader: each is refused by name with a reason within a second, or read as what it says."""
 
 import random
+import time
 
+import bombs
 import datasets
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from pecker_fast.data import load_dataset
 from pecker_fast.errors import FileFormatError
 
 MUTANTS = 200
+SECONDS = 1
 COUNT = 3
 PIXELS, LABELS = datasets.random_pixels(COUNT), np.array([0, 9, 4])
 SMALL = datasets.random_pixels(COUNT, size=4)
@@ -58,6 +61,17 @@ def _replace(file, content):
     file.write_bytes(content)
 
 
+def _outcome(root):
+    """The data, or why there are none; a second of the processor is many times what either takes."""
+    started = time.process_time()
+    try:
+        found = load_dataset(root)
+    except FileFormatError as error:
+        found = error
+    assert time.process_time() - started < SECONDS
+    return found
+
+
 def _same(a, b):
     return np.array_equal(a.images, b.images) and a.labels.equal(b.labels) and a.class_names == b.class_names
 
@@ -97,10 +111,7 @@ def outcomes(request, tmp_path_factory):
     results = []
     for mutant in _mutants(content, request.param):
         _replace(file, mutant)
-        try:
-            results.append((mutant, load_dataset(root)))
-        except FileFormatError as error:
-            results.append((mutant, error))
+        results.append((mutant, _outcome(root)))
     _replace(file, content)
     return request.param, root, file, whole, results
 
@@ -131,3 +142,16 @@ def test_with_checksums_every_mutant_is_refused(outcomes):
     _replace(file, content)
     assert _same(load_dataset(root), whole)
     (root / "SHA256SUMS").unlink()
+
+
+@pytest.mark.parametrize("kind", [*bombs.BOMBS, "slow"])
+def test_bombs_are_refused_within_the_second(kind, tmp_path):
+    datasets.cifar10_python(tmp_path, PIXELS, LABELS)
+    (tmp_path / "data_batch_1").write_bytes(bombs.SLOW if kind == "slow" else bombs.BOMBS[kind][0])
+    assert "data_batch_1: byte" in str(_outcome(tmp_path))
+
+
+def test_a_bomb_of_names_is_refused_within_the_second(tmp_path):
+    datasets.cifar10_python(tmp_path, PIXELS, LABELS)
+    (tmp_path / "batches.meta").write_bytes(bombs.NAMES)
+    assert "batches.meta: expected the names of 10 classes" in str(_outcome(tmp_path))

@@ -5,7 +5,10 @@ import functools
 import os
 import pickle
 import struct
+import tracemalloc
+from pathlib import Path
 
+import bombs
 import datasets
 import numpy as np
 import pytest
@@ -122,6 +125,47 @@ def test_hostile_objects_are_refused(kind, protocol, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", RAW)
 def test_hostile_bytes_are_refused(kind, tmp_path, monkeypatch):
     _refused(tmp_path, monkeypatch, RAW[kind])
+
+
+def _peak_of(action):
+    tracemalloc.start()
+    try:
+        action()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", bombs.BOMBS)
+def test_bombs_are_refused_before_they_take_memory(kind, tmp_path):
+    content, message = bombs.BOMBS[kind]
+
+    def read():
+        with pytest.raises(FileFormatError, match=f"^data_batch_1: byte .*{message}"):
+            read_plain_pickle(Path("data_batch_1"), np.frombuffer(content, np.uint8))
+
+    assert _peak_of(read) < 20 * len(content)
+    assert _peak_of(lambda: pickle.loads(content)) > (1 if kind == "a copy a key" else 300) * len(content)  # a control
+
+
+def test_a_bomb_of_names_is_refused_before_it_takes_memory(tmp_path):
+    datasets.cifar10_python(tmp_path, datasets.random_pixels(1), [0])
+    (tmp_path / "batches.meta").write_bytes(bombs.NAMES)
+
+    def read():
+        with pytest.raises(FileFormatError, match=f"batches.meta: expected the names.*, got list of {bombs.TIMES + 1}"):
+            load_dataset(tmp_path)
+
+    assert _peak_of(read) < 20 * len(bombs.NAMES)
+
+
+def test_what_numpy_writes_of_bytes_is_no_bomb(tmp_path):
+    """Every byte of protocol 2 is spelled as a character, of one or two bytes in the file, and encoded once."""
+    for fill in (65, 200):
+        values = {"data": np.full((40, 3072), fill, np.uint8), "more": bytes([fill]) * 50_000}
+        data = np.frombuffer(pickle.dumps(values, protocol=2), np.uint8)
+        found = read_plain_pickle(tmp_path, data)
+        assert np.array_equal(found["data"], values["data"]) and found["more"] == values["more"]
 
 
 def test_the_hostile_ones_would_run(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _names(file: Path, names: Any) -> tuple[str, ...]:
-    listed = names if isinstance(names, list) else []
+    listed = names if isinstance(names, list) and len(names) == len(NAMES) else []
     texts = [name.decode("utf-8", "replace") if isinstance(name, bytes) else name for name in listed]
     if len(texts) != len(NAMES) or not all(isinstance(text, str) for text in texts):
         raise FileFormatError(f"{file}: expected the names of {len(NAMES)} classes, got {_described(names)}")

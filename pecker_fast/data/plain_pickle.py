@@ -19,22 +19,25 @@ import numpy.typing as npt
 
 from pecker_fast.errors import FileFormatError
 
-_MAX_OPCODES = 300_000
+_MAX_OPCODES = 200_000
 _SHORT = 1024
 """Longer strings are not copied out of the file."""
+_LONGEST_KEY = 100
+_MAX_ENCODED = 2
+"""Times the size of the file. What numpy writes is encoded once; a string that is fetched again and again is a bomb."""
 _ARGUMENTS = {
-    **dict.fromkeys(("PROTO", "BININT1", "BINPUT", "BINGET"), "<B"),
-    **dict.fromkeys(("BININT2",), "<H"),
-    **dict.fromkeys(("BININT",), "<i"),
-    **dict.fromkeys(("LONG_BINPUT", "LONG_BINGET"), "<I"),
-    **dict.fromkeys(("FRAME",), "<Q"),
+    **dict.fromkeys(("PROTO", "BININT1", "BINPUT", "BINGET"), struct.Struct("<B")),
+    **dict.fromkeys(("BININT2",), struct.Struct("<H")),
+    **dict.fromkeys(("BININT",), struct.Struct("<i")),
+    **dict.fromkeys(("LONG_BINPUT", "LONG_BINGET"), struct.Struct("<I")),
+    **dict.fromkeys(("FRAME",), struct.Struct("<Q")),
 }
 _LENGTHS = {
-    **dict.fromkeys(("SHORT_BINSTRING", "SHORT_BINBYTES", "SHORT_BINUNICODE"), "<B"),
-    **dict.fromkeys(("BINSTRING", "BINBYTES", "BINUNICODE"), "<I"),
-    **dict.fromkeys(("BINBYTES8", "BINUNICODE8", "BYTEARRAY8"), "<Q"),
+    **dict.fromkeys(("SHORT_BINSTRING", "SHORT_BINBYTES", "SHORT_BINUNICODE"), struct.Struct("<B")),
+    **dict.fromkeys(("BINSTRING", "BINBYTES", "BINUNICODE"), struct.Struct("<I")),
+    **dict.fromkeys(("BINBYTES8", "BINUNICODE8", "BYTEARRAY8"), struct.Struct("<Q")),
 }
-_OPCODES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
+_OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NAMES = {
     "numpy.core.multiarray _reconstruct": "array",
@@ -93,6 +96,7 @@ class _Machine:
         self.file, self.data, self.position = file, memoryview(data), 0  # type: ignore[arg-type]
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.to_encode = _MAX_ENCODED * len(self.data)
         self.actions: dict[str, Callable[[], None]] = {
             "MARK": lambda: self.stack.append(_Mark),
             "EMPTY_DICT": lambda: self.stack.append({}),
@@ -115,8 +119,8 @@ class _Machine:
 
     def run(self) -> Any:
         for _ in range(_MAX_OPCODES):
-            code = chr(self.bytes(1)[0])
-            name = _OPCODES.get(code, repr(code))
+            code = self.bytes(1)[0]
+            name = _OPCODES.get(code) or repr(chr(code))
             if name == "STOP":
                 return self.end()
             self.step(name)
@@ -176,8 +180,8 @@ class _Machine:
         if not self.stack or not isinstance(self.stack[-1], dict) or len(values) % 2:
             self.refuse("items for a dict, but no dict or no pairs")
         for key, value in zip(values[::2], values[1::2], strict=True):
-            if not isinstance(key, str | bytes):
-                self.refuse(f"a dict's key of type {type(key).__name__}; expected a string")
+            if not isinstance(key, str | bytes) or len(key) > _LONGEST_KEY:
+                self.refuse(f"a dict's key that is {type(key).__name__}; expected at most {_LONGEST_KEY} characters")
             self.stack[-1][key if isinstance(key, str) else key.decode("latin-1")] = value
 
     def name(self, module: Any, attribute: Any) -> None:
@@ -218,6 +222,9 @@ class _Machine:
         return np.frombuffer(raw, dtype=np.uint8).reshape(shape)
 
     def encoded(self, text: str) -> bytes:
+        self.to_encode -= len(text)
+        if self.to_encode < 0:
+            self.refuse(f"strings that make more than {_MAX_ENCODED} times the file's size in bytes; it is a bomb")
         try:
             return text.encode("latin-1")
         except UnicodeEncodeError:
@@ -247,8 +254,8 @@ class _Machine:
             self.refuse(f"its end where {count} bytes were announced; it is truncated or damaged")
         return self.data[start : self.position]
 
-    def unpack(self, form: str) -> int:
-        return int(struct.unpack(form, self.bytes(struct.calcsize(form)))[0])
+    def unpack(self, form: struct.Struct) -> int:
+        return int(form.unpack(self.bytes(form.size))[0])
 
     def line(self) -> str:
         text = bytes(self.data[self.position : self.position + 100]).partition(b"\n")[0]
