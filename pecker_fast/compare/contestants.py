@@ -19,8 +19,6 @@ from pecker_fast.config import DistillConfig
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.mask import BlockMask
 from pecker_fast.mask_config import MaskConfig
-from pecker_fast.maskable import survey
-from pecker_fast.saliency import Saliency
 
 
 class Runner(Protocol):
@@ -71,7 +69,7 @@ def make(method: Method, task: Task, job: Job) -> Contestant:
     """Ready for ``build_mask()``; the task's networks stay as they are."""
     override = task.overrides(job.forget)
     common: dict[str, Any] = {"forget": job.forget, "override": override, "num_classes": task.num_classes}
-    common |= {"sample_shape": task.sample_shape, "seed": job.seed, "mask": _mask(method, task)}
+    common |= {"sample_shape": task.sample_shape, "seed": job.seed, "mask": _mask(method, task, job)}
     if method.family == "distillation":
         rates = dict.fromkeys(("generator_lr", "fake_score_lr"), task.distillation_lr * job.factor)
         config = DistillConfig(**{**common, **task.distillation, **rates, **method.settings})
@@ -82,16 +80,12 @@ def make(method: Method, task: Task, job: Job) -> Contestant:
     return Baseline(task.true_score, task.schedule, settings, data=task.train)
 
 
-def _mask(method: Method, task: Task) -> MaskConfig:
-    """The method's mask; one by chance is as dense as what it stands against comes out, whatever is ranked."""
+def _mask(method: Method, task: Task, job: Job) -> MaskConfig:
+    """The method's mask; one by chance is as dense as the saliency mask that it stands against comes out."""
     if method.as_dense_as is None:
         return method.mask
-    like, weights = method.as_dense_as, dict(task.true_score.named_parameters())
-    rng = torch.Generator().manual_seed(0)
-    found = survey(task.true_score)
-    values = {name: torch.rand(weights[name].shape, generator=rng) for name in found.maskable}
-    saliency = Saliency(values, found.total, found.embeddings)
-    return replace(method.mask, density=BlockMask.from_saliency(saliency, like.density, like.block, like.scope).density)
+    other = make(replace(method, mask=method.as_dense_as, as_dense_as=None), task, job)
+    return replace(method.mask, density=other.build_mask().density)
 
 
 def get_ready(contestant: Runner) -> BlockMask:

@@ -103,8 +103,8 @@ def digits(cache_dir: Path | None = None, progress: bool = True, short: bool = F
         distillation={name: getattr(settings, name) for name in names}
         | {"batch_size": 32, "forget_batch_size": 8, "forget_weight": 0.05, "ema_decay": 0.95},
         diffusion={"batch_size": 32, "forget_batch_size": 32, "ema_decay": 0.95, "warmup_steps": 10}
-        | {"sampling_steps": 4 if short else 20, "fisher_timesteps": 2 if short else 25}
-        | {"fisher_samples": 2 if short else 4, "replay_samples": 4 if short else 200},
+        | {"sampling_steps": 4 if short else 20, "fisher_timesteps": 2 if short else 10}
+        | {"fisher_samples": 2, "replay_samples": 4 if short else 100},
         rules={
             # Published, lambda is 10 and holds everything, and ascent is a thousand times what it is held by.
             "selective_amnesia": {"ewc_weight": 1e-3},
