@@ -138,7 +138,7 @@ run_compare() { # LIMIT_S
   # shellcheck disable=SC2206
   command=(compare --pretrained_model_name_or_path "$out/teacher" --judge "$out/judge" --train_data_dir "$data"
     --methods ${METHODS:-sfd pecker random} --seeds ${SEEDS:-0 1} --learning_rate_factors ${FACTORS:-1 3}
-    --forget_class 0 --tuning_class 5 --generator_lr 1e-4 --forget_weight 0.05 --output_dir "$out/compare"
+    --null_class --forget_class 0 --tuning_class 5 --generator_lr 1e-4 --forget_weight 0.05 --output_dir "$out/compare"
     "${compare[@]}")
   "$python" -m pecker_fast "${command[@]}" --dry_run --json >"$plan" || { failed=1; note "compare: refused"; return; }
   pecker_fast compare "$1" "${command[@]}"

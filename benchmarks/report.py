@@ -1,6 +1,6 @@
-"""Write the tables of README.md and docs/benchmarks.md from the JSON files under benchmarks/results.
+"""Write the tables of README.md and docs/ from the files under benchmarks/results and docs/results.
 
-No figure is typed by hand.
+No figure of a table is typed by hand.
 
 python -m pytest benchmarks/ --benchmark-only --rows benchmarks/results/cpu/kernels.json
 pecker-fast demo --output_dir runs/demo && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
@@ -17,13 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
+sys.path[:0] = [str(Path(__file__).resolve().parent / "quality"), str(Path(__file__).resolve().parent)]
 
+import comparisons  # noqa: E402
 import tables as quality  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 README, BENCHMARKS, QUALITY = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "benchmarks" / "results"
+DIGITS, CIFAR16 = ROOT / "docs" / "results" / "digits.md", ROOT / "docs" / "results" / "cifar16.md"
 
 
 def headlines_table(results: dict[str, Any]) -> str:
@@ -168,7 +170,10 @@ TABLES = {
         "sparser demo": ("cpu/demo_density_0.1.json", demo_table),
         "kernels on a GPU": (ON_GPUS, gpu_headlines),
         "distillation": ("cpu/distill.json", distill_table),
+        "comparison": ("docs/results/digits", comparisons.headlines),
     },
+    DIGITS: {"comparison": ("docs/results/digits", comparisons.everything)},
+    CIFAR16: {"comparison": ("docs/results/cifar16", comparisons.everything)},
     BENCHMARKS: {
         "all kernels": ("cpu/kernels.json", kernels_table),
         "all kernels on a GPU": (ON_GPUS, gpu_tables),
@@ -183,8 +188,10 @@ TABLES = {
 }
 
 
-def load(source: str) -> dict[str, Any]:
-    """One result file; or of every GPU that has a folder its files by topic, none of them a rehearsal."""
+def load(source: str) -> Any:
+    """One result file, a comparison's folder, or of every GPU that has a folder its files by topic, no rehearsal."""
+    if source.startswith("docs/"):
+        return comparisons.load(ROOT / source)
     if source != ON_GPUS:
         return dict(json.loads((RESULTS / source).read_text(encoding="utf-8")))
     found: dict[str, Any] = {}
@@ -201,7 +208,8 @@ def render(document: Path) -> str:
     """A document with every table between its markers written anew."""
     text = document.read_text(encoding="utf-8")
     for name, (file, table) in TABLES[document].items():
-        begin, end = f"<!-- {name}: benchmarks/results/{file} -->", f"<!-- end of {name} -->"
+        place = file if file.startswith("docs/") else f"benchmarks/results/{file}"
+        begin, end = f"<!-- {name}: {place} -->", f"<!-- end of {name} -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):

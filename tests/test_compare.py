@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from pecker_fast import MaskConfig, NoiseSchedule, models
+from pecker_fast import Baseline, MaskConfig, MaskedDistiller, NoiseSchedule, models
 from pecker_fast.cli import main
 from pecker_fast.commands import comparing
-from pecker_fast.compare import diagnostics, judging, one_run, tables, timing
+from pecker_fast.compare import diagnostics, figures, judging, one_run, tables, timing
+from pecker_fast.compare import harness as harness_module
 from pecker_fast.compare.contestants import get_ready, make
 from pecker_fast.compare.harness import Harness
 from pecker_fast.compare.judging import Panel
@@ -27,6 +28,7 @@ from pecker_fast.data.npz import write_npz
 from pecker_fast.models import DDPMUNet, DigitsClassifier
 
 SCHEDULE = NoiseSchedule.linear(20)
+FLOPS = MaskedDistiller.flops
 NAMES = ("ring", "bar", "dot")
 
 
@@ -67,10 +69,19 @@ def task():
 def quick():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(timing, "ROUNDS", 1)
+        patched.setattr(timing, "SETUPS", 1)
+        patched.setattr(timing, "peak_mib", lambda *_: 1.0)
+        for kind in (MaskedDistiller, Baseline):
+            patched.setattr(kind, "flops", lambda self: {"total": 7, "mask": {"total": 0}})
         patched.setattr(judging, "RELEARN_STEPS", 1)
         patched.setattr(judging, "START_SHARES", (1.5,))
         patched.setattr(one_run, "GLANCES", {"one_step": 2, "ddim": 1})
         yield
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    monkeypatch.setattr(figures, "write", lambda *_: {})  # ``finished`` is made before, with its pictures
 
 
 def plan(**changes):
@@ -156,6 +167,24 @@ def test_rates_are_tuned_before_anything_is_reported(task, tmp_path):
     assert results.of("sfd")[0]["factor"] in (0.5, 2.0)
 
 
+def test_an_interrupted_comparison_says_what_is_kept_and_shows_it(task, tmp_path, monkeypatch):
+    asked = harness(task, methods=("sfd", "random"))
+    finished, one = [], harness_module._one
+
+    def until_the_second(*given):
+        if finished:
+            raise KeyboardInterrupt
+        finished.append(one(*given))
+        return finished[0]
+
+    monkeypatch.setattr(harness_module, "_one", until_the_second)
+    with pytest.raises(KeyboardInterrupt, match="4 lines are kept in .*; the same command goes on"):
+        asked.run(tmp_path)
+    assert (tmp_path / "report.html").exists()
+    monkeypatch.setattr(harness_module, "_one", one)
+    assert len(asked.run(tmp_path).of("random")) == 1
+
+
 def test_a_run_that_diverges_is_a_result(task, tmp_path):
     wild = dataclasses.replace(task, distillation_lr=1e30, distillation={**task.distillation, "warmup_steps": 0})
     results = harness(wild, methods=("sfd",), steps=4).run(tmp_path)
@@ -195,6 +224,17 @@ def test_two_classes_are_forgotten_together(task):
     with torch.no_grad():
         seen = task.judge(task.train.images[task.train.labels < 2]).argmax(1)
     assert verdict["unlearning_accuracy"] == pytest.approx(float((seen == 2).float().mean()))
+
+
+def test_a_race_measures_what_a_step_takes(task, monkeypatch):
+    monkeypatch.setattr(timing, "peak_mib", peak_mib)
+    monkeypatch.setattr(MaskedDistiller, "flops", FLOPS)
+    job = Job("reported", "pecker", 1.0, (1,), 0)
+    (line,) = timing.race({"pecker": lambda: make(methods()["pecker"], task, job)}, progress=False)
+    assert line["step_seconds"] > 0 and line["setup_seconds"] > 0 and line["trained"] < line["parameters"]
+    assert min(line["flops"].values()) > 0
+    weights = 4 * line["parameters"] / 2**20
+    assert 3 * weights < line["peak_mib"] < 100 * weights  # three networks at least
 
 
 def test_memory_is_what_is_held_and_what_comes_on_top():

@@ -49,19 +49,26 @@ class Harness:
     diagnose: bool = False
 
     def run(self, folder: Path) -> Results:
-        """Do what is missing in ``folder``, and write the report.
+        """Do what is missing in ``folder``, and write the report; of what there is, where it is interrupted.
 
         Raises:
+            KeyboardInterrupt: With what is kept.
             ValueError: A class that the task does not have; another comparison in the folder, or one that is running.
             FileFormatError: The folder cannot be written, or is damaged.
         """
         task = self.task()
         self.plan.check_classes(task.num_classes)
         with Store(folder, self.settings(task)) as store:
-            self._before(task, store)
-            self._timing(task, store)
-            self._work(self.plan.tuning(self.known), task, store, "tuning")
-            self._work(self._reported(store.lines()), task, store, "runs")
+            try:
+                self._before(task, store)
+                self._timing(task, store)
+                self._work(self.plan.tuning(self.known), task, store, "tuning")
+                self._work(self._reported(store.lines()), task, store, "runs")
+            except KeyboardInterrupt:
+                kept = len(store.lines())
+                if any(line["phase"] == "reported" for line in store.lines()):
+                    self.report(store, task)
+                raise KeyboardInterrupt(f"{kept} lines are kept in {folder}; the same command goes on") from None
             return self.report(store, task)
 
     def settings(self, task: Task) -> dict[str, Any]:
