@@ -63,7 +63,7 @@ def load_teacher(
 
     With ``held_out`` it has seen four fifths of them, those that the judge is trained on, and the rest is new to it.
     """
-    settings = {"steps": 60 if short else 1000, "batch_size": 128, "learning_rate": 5e-3, "ema_decay": 0.998, "seed": 0}
+    settings = {"steps": 20 if short else 1000, "batch_size": 128, "learning_rate": 5e-3, "ema_decay": 0.998, "seed": 0}
     model = DDPMUNet.digits()
 
     def train() -> nn.Module:
@@ -77,7 +77,7 @@ def load_teacher(
 
 def load_judge(cache_dir: Path | None = None, progress: bool = True, short: bool = False) -> DigitsClassifier:
     """The classifier that judges images, trained on four fifths of the real digits, from the cache or trained now."""
-    settings = {"steps": 60 if short else 300, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
+    settings = {"steps": 20 if short else 300, "batch_size": 128, "learning_rate": 3e-3, "seed": 0}
     model = DigitsClassifier()
 
     def train() -> nn.Module:

@@ -14,11 +14,15 @@ from torch import Tensor
 from pecker_fast.errors import FileFormatError
 
 
-def read_torch(path: str | os.PathLike[str]) -> Any:
+def read_torch(path: str | os.PathLike[str], *, legacy: bool = False) -> Any:
     """Read a file of ``torch.save``, as ``torch.load(path, map_location="cpu", weights_only=True, mmap=True)`` does.
 
     The archive's checksums are compared first, and nothing in it may be compressed: a damaged file is refused instead
     of giving other numbers, and a small one cannot ask for a large memory. No code in the file is run.
+
+    Args:
+        path: The file.
+        legacy: Also read what torch wrote before 1.6, which is no archive and has no checksums.
 
     Returns:
         Whatever was saved. Tensors are windows into the file: clone those that are kept.
@@ -29,9 +33,11 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file; expected one that torch.save wrote")
-    _check_archive(path)
+    archive = not legacy or _is_archive(path)
+    if archive:
+        _check_archive(path)
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # what torch raises for a file that it does not like is not written down anywhere
         raise FileFormatError(
             f"{path}: holds something else than tensors, numbers, lists and dicts, or is damaged "
@@ -68,6 +74,12 @@ def describe(value: object) -> str:
     if isinstance(value, list | tuple | dict):
         return f"{type(value).__name__} of {len(value)} entries"
     return "None" if value is None else type(value).__name__
+
+
+def _is_archive(path: Path) -> bool:
+    """By its first bytes, so that a truncated archive counts as one."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _check_archive(path: Path) -> None:

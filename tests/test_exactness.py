@@ -102,12 +102,15 @@ def moved_by_masked_gradients(make, decay, stretches, model):
     batch, opt, moved = batches(), make(model.parameters(), decay), set()
     for mask, steps in stretches:
         before = bits_outside(model, mask)
-        for _ in range(steps):
+        on = {name: mask.to_dense(name) for name in before}
+        for step in range(steps):
             opt.zero_grad()
             model.loss(next(batch)).backward()
             for name, weight in model.named_parameters():
-                weight.grad *= mask.to_dense(name)
+                weight.grad *= on[name]
             opt.step()
+            if step % 50 and step < steps - 1:
+                continue  # what has moved is seen somewhat later
             moved |= {name for name, bits in bits_outside(model, mask).items() if not torch.equal(bits, before[name])}
             if len(moved) == len(before):
                 return moved

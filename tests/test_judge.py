@@ -143,7 +143,7 @@ def test_command_judges_digits_and_plans(tmp_path, monkeypatch, capsys):
     assert main(plan) == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["settings"]["images"], values["settings"]["held_out_images"]) == (1438, 359)
-    assert values["would_write"] == [f"judge/{name}" for name in FILES]
+    assert values["would_write"] == [f"judge/{name}" for name in (*FILES, "config.yaml")]
     assert not list(tmp_path.iterdir())
     small = ["judge", "--width", "4", "--max_train_steps", "2", "--train_batch_size", "4"]
     assert main([*small, "--output_dir", "out"]) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from pecker_fast import models
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.files import read_images
+from pecker_fast.commands.judging import load_judge
 from pecker_fast.commands.sample import check_classes, draw, generative_config
 from pecker_fast.commands.source import torch_device
 from pecker_fast.data import ImageData, load_dataset
 from pecker_fast.errors import FileFormatError
 from pecker_fast.evaluation import Judge, evaluate_images
-from pecker_fast.models import DigitsClassifier, ImageClassifier
 
 _DIGITS = ((1, 8, 8), 10)
 
@@ -34,7 +33,7 @@ class _Task:
 def run(options: argparse.Namespace) -> Outcome:
     """Print unlearning accuracy, retain accuracy and Fréchet distance."""
     _check_flags(options)
-    judge = None if options.judge is None else _load_judge(options.judge)
+    judge = None if options.judge is None else load_judge(options.judge)
     task = _Task(*_DIGITS) if judge is None else _task(judge)
     check_classes("--forget_class", options.forget_class, task.classes)
     if options.dry_run:
@@ -67,18 +66,6 @@ def _planned(options: argparse.Namespace) -> Outcome:
     settings |= {"num": options.num, "judge": "digits" if options.judge is None else str(options.judge)}
     cache = options.cache_dir or digits_task.default_cache_dir()
     return dry_run(settings, {}, [f"{cache}/"] if options.judge is None else [])
-
-
-def _load_judge(folder: Path) -> nn.Module:
-    """The classifier in a folder.
-
-    Raises:
-        FileFormatError: The folder is missing or damaged, or holds no classifier.
-    """
-    judge = models.load(folder)
-    if not isinstance(judge, DigitsClassifier | ImageClassifier):
-        raise FileFormatError(f"{folder}: is a model that draws images; --judge takes a classifier's folder")
-    return judge
 
 
 def _task(judge: nn.Module) -> _Task:

@@ -14,6 +14,7 @@ from pecker_fast import models
 from pecker_fast.commands.source import Source
 from pecker_fast.commands.together import first_then_others
 from pecker_fast.errors import FileFormatError
+from pecker_fast.models import DigitsClassifier, ImageClassifier
 from pecker_fast.stop_rule import StopRule
 from pecker_fast.stopping import MIN_SAMPLES, StopCheck
 
@@ -84,15 +85,26 @@ def _digits(options: argparse.Namespace) -> nn.Module:
     return first_then_others(options, lambda: digits_task.load_judge(options.cache_dir, progress=not options.quiet))
 
 
-def load_judge(folder: Path, source: Source) -> nn.Module:
-    """A classifier that judges the model's images.
+def load_judge(folder: Path, source: Source | None = None) -> nn.Module:
+    """The classifier in a folder.
+
+    Args:
+        folder: Of a classifier.
+        source: The model whose images it is to judge; None asks for any classifier.
 
     Raises:
-        FileFormatError: The folder is missing or damaged, or holds another kind of model.
+        FileFormatError: The folder is missing or damaged, holds another kind of model, or one that cannot judge the
+            source's images.
     """
-    if models.load_config(folder)["generation"] is not None:
-        raise FileFormatError(f"{folder}: is a model that draws images; --judge takes a classifier's folder")
     judge = models.load(folder)
+    if not isinstance(judge, DigitsClassifier | ImageClassifier):
+        raise FileFormatError(f"{folder}: is a model that draws images; --judge takes a classifier's folder")
+    if source is not None:
+        _check_fits(folder, judge, source)
+    return judge
+
+
+def _check_fits(folder: Path, judge: nn.Module, source: Source) -> None:
     try:
         with torch.no_grad():
             logits = judge(torch.zeros(1, *source.sample_shape))
@@ -102,4 +114,3 @@ def load_judge(folder: Path, source: Source) -> nn.Module:
         raise FileFormatError(
             f"{folder}: tells {logits.shape[-1]} classes apart, the model has {source.num_classes}; take another judge"
         )
-    return judge

@@ -38,15 +38,19 @@ def peak_mib(step: Callable[[], object], held: Iterable[Tensor], device: torch.d
 
 
 class _Meter(TorchDispatchMode):
-    """Follows the storages of tensors, by weak references, from one operator to the next."""
+    """Follows the storages of tensors, by weak references, from one operator to the next.
+
+    References keep a storage's address from being used again, so that it is a key.
+    """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.transient: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.total = 0  # of both, with what has expired since they were last looked through
         for tensor in held:
-            self._see(tensor)
-        self._measure()
+            self._see(tensor, self.held)
+        self.peak = self.total
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[Any], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -54,15 +58,22 @@ class _Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
-                self._see(value)
+                self._see(value, self.transient)
         self._measure()
         return result
 
-    def _see(self, tensor: Tensor) -> None:
+    def _see(self, tensor: Tensor, among: dict[int, tuple[StorageWeakRef, int]]) -> None:
         storage = tensor.untyped_storage()
         reference = StorageWeakRef(storage)
-        self.live[reference.cdata] = reference, storage.nbytes()
+        among = self.held if reference.cdata in self.held else among
+        self.total += storage.nbytes() - among.get(reference.cdata, (None, 0))[1]
+        among[reference.cdata] = reference, storage.nbytes()
 
     def _measure(self) -> None:
-        self.live = {key: found for key, found in self.live.items() if not found[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        """Look for what is gone only as far as it could matter: ``total`` is at least what is there."""
+        for among in (self.transient, self.held):  # a gradient from before the step may be dropped in it
+            if self.total <= self.peak:
+                return
+            for key in [key for key, (reference, _) in among.items() if reference.expired()]:
+                self.total -= among.pop(key)[1]
+        self.peak = max(self.peak, self.total)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pecker_fast.checkpoint import StrPath, read_safetensors
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.inception import InceptionV3
+from pecker_fast.torch_file import read_torch, weights_of
 
 _COUNTER = "num_batches_tracked"
 """Of batch norm: of no use in eval mode, and missing from old files."""
@@ -22,7 +23,7 @@ def load_inception(path: StrPath) -> InceptionV3:
 
     Args:
         path: ``.safetensors``, or a ``.pth`` / ``.pt`` state dict such as ``pt_inception-2015-12-05-6726825d.pth`` of
-            pytorch-fid (torch-fidelity has the same file), read with ``weights_only=True``.
+            pytorch-fid (torch-fidelity has the same file), read by `pecker_fast.torch_file.read_torch`.
 
     Returns:
         The network in float32, eval mode, without gradients, on the CPU.
@@ -36,27 +37,26 @@ def load_inception(path: StrPath) -> InceptionV3:
         raise FileFormatError(
             f"{path}: no such file; expected the weights of the FID Inception network (pt_inception-2015-12-05)"
         )
-    found = read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_state_dict(path)
+    found = read_safetensors(path)[0] if path.suffix == ".safetensors" else _state_dict(path)
     with torch.device("meta"):  # weights that do not fit are refused before anything is allocated
         network = InceptionV3()
     expected = _without_counters(network.state_dict())
     weights = _without_counters(found)
     _check(path, expected, weights)
-    state = {name: tensor.float().contiguous() for name, tensor in weights.items()}
+    state = {name: _copy(tensor) for name, tensor in weights.items()}
     counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(_COUNTER)}
     network.load_state_dict(state | counters, assign=True)
     network.weights = _digest(state)
     return network.eval().requires_grad_(False)
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error of its own: damage raises whatever its parsers stumble on
-        raise FileFormatError(f"{path}: no state dict that can be read safely: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise FileFormatError(f"{path}: expected a state dict (names to tensors), got {type(content).__name__}")
-    return content
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    return weights_of(str(path), read_torch(path, legacy=True))  # the published file may be older than torch 1.6
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Not a window into the file."""
+    return tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

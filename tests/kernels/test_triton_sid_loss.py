@@ -60,7 +60,7 @@ def test_half_precision_is_computed_in_float32(dtype):
         torch.testing.assert_close(got.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (2, 3, 80, 80)])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 6), (2, 3, 74, 74)])
 def test_any_layout(shape):
     arguments = inputs(shape)
     expected = results(arguments, "reference")
@@ -68,12 +68,7 @@ def test_any_layout(shape):
     for i in range(3):
         gaps[..., ::2] = arguments[i]
         batch_inside = arguments[i].permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
-        for laid_out in (
-            arguments[i].to(memory_format=torch.channels_last),
-            batch_inside,
-            gaps[..., ::2].clone(),
-            gaps[..., ::2],
-        ):
+        for laid_out in (arguments[i].to(memory_format=torch.channels_last), batch_inside, gaps[..., ::2]):
             got = results([laid_out if j == i else x for j, x in enumerate(arguments)], "triton")
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

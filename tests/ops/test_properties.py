@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 
 import pytest
 import torch
@@ -18,26 +19,48 @@ from pecker_fast.scatter import ScatterTable, Target
 CASES = 10_000
 SAMPLES = 5
 SPECIAL = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 1e-45, -1e-40, 3e38])
-SEEDS = st.integers(0, 2**31)
-SIZES = st.one_of(st.integers(0, 70), st.integers(0, 4096))
-SCALES = st.sampled_from([1e-42, 1e-20, 1.0, 1.0, 1.0, 1e15])
-DENSITIES = st.sampled_from([0.0, 0.05, 0.3, 0.5, 0.9, 1.0])
-BLOCKS = st.sampled_from(["row", "element", (4, 3), (8, 8), (64, 64), "auto"])
+SIZES = (*range(71),) * 58 + (*range(4097),)
+"""As often small as not."""
+SCALES = (1e-42, 1e-20, 1.0, 1.0, 1.0, 1e15)
+DENSITIES = (0.0, 0.05, 0.3, 0.5, 0.9, 1.0)
+BLOCKS = ("row", "element", (4, 3), (8, 8), (64, 64), "auto")
+SHARES = (*(step / 997 for step in range(998)), 1e-9, 1 - 1e-9)
+BOTH = (False, True)
 
 
-def many(test, cases=CASES):
+def checked(cases):
     """As many cases as promised, the same in every run."""
-    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
-    return settings(max_examples=cases, deadline=None, derandomize=True, database=None, suppress_health_check=checks)(
-        test
-    )
+    checks = [HealthCheck.too_slow, HealthCheck.differing_executors]
+    return settings(max_examples=cases, deadline=None, derandomize=True, database=None, suppress_health_check=checks)
 
 
-def half_as_many(test):
-    """For an op that has two tests."""
-    return many(test, CASES // 2)
+def many(cases=CASES, **choices):
+    """A test of a seed and one of each of these choices.
+
+    Hypothesis draws one case of five, with its eye for edges, and takes longer over it than most of these tests; the
+    other four are drawn at random.
+    """
+
+    def decorate(test):
+        @checked(cases // SAMPLES)
+        @given(st.integers(0, 2**31), st.fixed_dictionaries({name: st.sampled_from(c) for name, c in choices.items()}))
+        def run(seed, first):
+            test(seed=seed, **first)
+            others = random.Random(seed)
+            for nth in range(1, SAMPLES):
+                test(seed=seed + nth, **{name: others.choice(values) for name, values in choices.items()})
+
+        run.__doc__ = test.__doc__
+        return run
+
+    return decorate
 
 
+HALF = CASES // 2
+"""For an op that has two tests."""
+
+
+@functools.cache
 def fast(op: str) -> str:
     """The backend that is used here, against which the reference is the plain one."""
     return backends()[op]["cpu"].used
@@ -69,8 +92,7 @@ def random_mask(shape, block, density, generator) -> ParameterMask:
 # -- masked_adamw_ ---------------------------------------------------------------------------------
 
 
-@half_as_many
-@given(SEEDS, SIZES, SCALES, st.booleans(), st.integers(0, 15), st.sampled_from([1, 2, 1000]))
+@many(HALF, n=SIZES, scale=SCALES, special=BOTH, switches=range(16), step=(1, 2, 1000))
 def test_masked_adamw(seed, n, scale, special, switches, step):
     generator = torch.Generator().manual_seed(seed)
     first, ema, clip, decay = (bool(switches >> bit & 1) for bit in range(4))
@@ -97,8 +119,9 @@ def test_masked_adamw(seed, n, scale, special, switches, step):
             assert_like_truth(got[name], truth[name], plain[name])
 
 
-@half_as_many
-@given(SEEDS, st.integers(1, 12), st.integers(1, 9), st.sampled_from([1, 2, 3]), DENSITIES, BLOCKS, st.integers(0, 7))
+@many(
+    HALF, out=range(1, 13), in_=range(1, 10), kernel=(1, 2, 3), density=DENSITIES, block=BLOCKS, kind=range(8)
+)  # fmt: skip
 def test_scatter_writes_the_active_weights_and_no_other_bit(seed, out, in_, kernel, density, block, kind):
     generator = torch.Generator().manual_seed(seed)
     dtype = [torch.float32, torch.bfloat16, torch.float16, torch.float64][kind % 4]
@@ -124,8 +147,7 @@ def _in_order(values: torch.Tensor, mask: ParameterMask, channels_last: bool) ->
 # -- accumulate_saliency_ --------------------------------------------------------------------------
 
 
-@many
-@given(SEEDS, st.integers(0, 40), st.integers(1, 34), st.sampled_from([1, 3]), SCALES, BLOCKS, st.integers(0, 47))
+@many(out=range(41), in_=range(1, 35), kernel=(1, 3), scale=SCALES, block=BLOCKS, kind=range(48))
 def test_accumulate_saliency(seed, out, in_, kernel, scale, block, kind):
     generator = torch.Generator().manual_seed(seed)
     accumulate = ("signed_sum", "abs", "square")[kind % 3]
@@ -147,10 +169,9 @@ def test_accumulate_saliency(seed, out, in_, kernel, scale, block, kind):
 # -- select_threshold ------------------------------------------------------------------------------
 
 
-@many
-@given(SEEDS, st.lists(SIZES, min_size=1, max_size=4), st.floats(0, 1), SCALES, st.integers(0, 7))
-def test_select_threshold(seed, sizes, share, scale, kind):
-    generator = torch.Generator().manual_seed(seed)
+@many(count=range(1, 5), a=SIZES, b=SIZES, c=SIZES, d=SIZES, share=SHARES, scale=SCALES, kind=range(8))
+def test_select_threshold(seed, count, a, b, c, d, share, scale, kind):
+    generator, sizes = torch.Generator().manual_seed(seed), (a, b, c, d)[:count]
     dtype = torch.float64 if kind & 1 else torch.float32
     tensors = [draw(generator, n, scale, bool(kind & 2), dtype) for n in sizes]
     if kind & 4:  # many ties
@@ -172,10 +193,9 @@ def test_select_threshold(seed, sizes, share, scale, kind):
 # -- masked_weight_grad ----------------------------------------------------------------------------
 
 
-@half_as_many
-@given(
-    SEEDS, st.integers(1, 20), st.integers(1, 13), st.integers(1, 5), st.integers(1, 6), DENSITIES, BLOCKS,
-    st.integers(0, 127),
+@many(
+    HALF, out=range(1, 21), in_=range(1, 14), batch=range(1, 6), size=range(1, 7), density=DENSITIES, block=BLOCKS,
+    kind=range(128),
 )  # fmt: skip
 def test_masked_weight_grad_of_convolutions(seed, out, in_, batch, size, density, block, kind):
     generator = torch.Generator().manual_seed(seed)
@@ -203,8 +223,10 @@ def conv_gradient(x, grad_output, shape, geometry):
     )[1]  # fmt: skip
 
 
-@half_as_many
-@given(SEEDS, st.integers(1, 60), st.integers(1, 60), st.integers(0, 40), DENSITIES, BLOCKS, SCALES, st.booleans())
+@many(
+    HALF, out=range(1, 61), in_=range(1, 61), samples=range(41), density=DENSITIES, block=BLOCKS, scale=SCALES,
+    strided=BOTH,
+)  # fmt: skip
 def test_masked_weight_grad_of_linear_layers(seed, out, in_, samples, density, block, scale, strided):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, in_ * (1 + strided), generator=generator)[:, :: 1 + strided] * scale
@@ -218,8 +240,8 @@ def test_masked_weight_grad_of_linear_layers(seed, out, in_, samples, density, b
 # -- sid_loss --------------------------------------------------------------------------------------
 
 
-@functools.partial(many, cases=CASES // SAMPLES)
-@given(SEEDS, st.integers(8, 300), st.floats(0.01, 100), st.floats(0.5, 2), st.sampled_from([1, 1e-9]))
+@checked(CASES // SAMPLES)
+@given(st.integers(0, 2**31), st.integers(8, 300), st.floats(0.01, 100), st.floats(0.5, 2), st.sampled_from([1, 1e-9]))
 def test_sid_loss(seed, features, sigma, alpha, closeness):
     """Samples do not know of one another: each is a case of its own."""
     generator, batch = torch.Generator().manual_seed(seed), SAMPLES

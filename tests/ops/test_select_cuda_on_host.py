@@ -51,9 +51,9 @@ def arrays(tensors):
     return addresses, numels, count, ctypes.c_bool(is_double)
 
 
-def build(folder, *sources):
+def build(folder, *sources, optimize="-O1"):
     library = folder / "select.so"
-    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    options = ["-std=c++17", optimize, "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     options += ["-fPIC", "-shared", "-pthread", "-fno-gnu-unique"]
     command = ["g++", *options, "-I", HOST, "-x", "c++", HOST / "select.cpp", *sources, "-o", library]
     subprocess.run(command, check=True)
@@ -102,7 +102,8 @@ def values_of(kind, numel, dtype):
 def test_against_a_stable_sort(on_host, kind, dtype):
     tensors = [values_of(kind, numel, dtype) for numel in (0, 17_001, 1, 0, 0, 8193, 40, 0)]
     numel = sum(map(len, tensors))
-    for seed, k in enumerate((1, 2, numel // 3, numel // 2 + 1, numel)):
+    one, other = ((1, numel // 3), (2, numel // 2 + 1))[dtype == torch.float64]  # every kind meets them all
+    for seed, k in enumerate((one, other, numel)):
         check(on_host, tensors, k, seed)
 
 
@@ -145,6 +146,6 @@ def test_kernels_without_their_barriers_give_wrong_results_here(tmp_path, stem):
         text = source.read_text().replace('#include "', f'#include "{source.parent}/')
         assert "__syncthreads();" in text
         (tmp_path / source.name).write_text(text.replace("__syncthreads();", "") if source.stem == stem else text)
-    broken = build(tmp_path, *(tmp_path / source.name for source in SOURCES))
+    broken = build(tmp_path, *(tmp_path / source.name for source in SOURCES), optimize="-O0")  # it runs but once
     with pytest.raises(AssertionError):
         check(broken, [torch.randn(5000)], 2000)  # one tile: without barriers more of them might wait for ever
