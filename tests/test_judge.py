@@ -1,6 +1,7 @@
 """The judge of any data set: its network, its training and what it tells of itself."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -8,12 +9,13 @@ import torch
 
 from pecker_fast import models
 from pecker_fast.cli import main
+from pecker_fast.commands.judging import load_judge
 from pecker_fast.data import ImageData
 from pecker_fast.digits_task import evaluate_images as evaluate_digits
-from pecker_fast.errors import NonFiniteError
+from pecker_fast.errors import FileFormatError, NonFiniteError
 from pecker_fast.evaluation import evaluate_images, predict
 from pecker_fast.metrics import FeatureStatistics, frechet_distance, wilson_interval
-from pecker_fast.models import DigitsClassifier, ImageClassifier
+from pecker_fast.models import DDPMUNet, DigitsClassifier, ImageClassifier
 from pecker_fast.pretrain import augmented, train_classifier
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "judge.json")
@@ -99,9 +101,10 @@ def test_training_learns_and_augmentation_is_off_unless_asked():
     assert (predict(data.images, judge) == data.labels).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("judge", [DigitsClassifier(width=4).eval(), DigitsClassifier(width=4, features=5).eval()])
-def test_evaluation_in_chunks_is_evaluation_at_once(judge, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"features": 5}], ids=str)
+def test_evaluation_in_chunks_is_evaluation_at_once(settings, monkeypatch):
     torch.manual_seed(0)
+    judge = DigitsClassifier(width=4, **settings).eval()
     images, labels = torch.randn(30, 1, 8, 8), torch.arange(30) % 10
     real = ImageData(torch.randn(50, 1, 8, 8).clamp(-1, 1), torch.arange(50) % 10, tuple("0123456789"))
     with torch.no_grad():
@@ -158,3 +161,13 @@ def test_command_judges_digits_and_plans(tmp_path, monkeypatch, capsys):
     datasets.npz(tmp_path / "odd.npz", datasets.random_pixels(6, 18), [0, 0, 0, 1, 1, 1])
     assert main([*small, "--train_data_dir", "odd.npz"]) == 2
     assert "divisible by 4" in capsys.readouterr().err
+
+
+def test_a_network_that_is_no_classifier_judges_nothing(tmp_path):
+    """Saved without a way to draw images, which is how classifiers are saved too."""
+    small = {"width": 4, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (), "norm_groups": 2}
+    models.save(DDPMUNet(**small, image_size=8, channels=1), tmp_path / "unet")
+    source = SimpleNamespace(sample_shape=(1, 8, 8), num_classes=10)
+    for given in (None, source):
+        with pytest.raises(FileFormatError, match="unet: is a model that draws images; --judge takes a classifier's"):
+            load_judge(tmp_path / "unet", given)

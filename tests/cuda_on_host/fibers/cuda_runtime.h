@@ -4,6 +4,7 @@
 // another.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -55,14 +56,20 @@ struct Warp {
   unsigned arrived[2];
 };
 
+struct Fiber {
+  ucontext_t start;
+  jmp_buf here;  // left and entered again by jumps: swapcontext asks the system for the signal mask
+  bool started = false;
+};
+
 struct Block {
-  std::vector<ucontext_t> fibers;
+  std::vector<Fiber> fibers;
   std::vector<std::unique_ptr<char[]>> stacks;
   std::vector<unsigned> barriers, collectives;  // passed so far, by fiber
   std::vector<bool> done;
   std::vector<Warp> warps;
   std::vector<unsigned> waiting;  // fibers at barrier number i
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> kernel;
   unsigned current, size;
 };
@@ -70,7 +77,15 @@ struct Block {
 inline thread_local Block* block;
 
 inline void yield() {
-  swapcontext(&block->fibers[block->current], &block->scheduler);
+  if (!_setjmp(block->fibers[block->current].here)) _longjmp(block->scheduler, 1);
+}
+
+// Until the fiber yields.
+inline void run_on(Fiber& fiber) {
+  if (_setjmp(block->scheduler)) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 inline void run_fiber() {
@@ -94,11 +109,12 @@ inline void run_block(unsigned index, unsigned blocks, unsigned threads,
   gridDim = dim3(blocks);
   for (unsigned t = 0; t < threads; ++t) {
     own.stacks.emplace_back(new char[kStackBytes]);
-    getcontext(&own.fibers[t]);
-    own.fibers[t].uc_stack.ss_sp = own.stacks[t].get();
-    own.fibers[t].uc_stack.ss_size = kStackBytes;
-    own.fibers[t].uc_link = nullptr;
-    makecontext(&own.fibers[t], run_fiber, 0);
+    ucontext_t& start = own.fibers[t].start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = own.stacks[t].get();
+    start.uc_stack.ss_size = kStackBytes;
+    start.uc_link = nullptr;
+    makecontext(&start, run_fiber, 0);
   }
   std::mt19937 order(seed * 7919 + index);
   std::vector<unsigned> turns(threads);
@@ -111,7 +127,7 @@ inline void run_block(unsigned index, unsigned blocks, unsigned threads,
       running = true;
       own.current = t;
       threadIdx = dim3(t);
-      swapcontext(&own.scheduler, &own.fibers[t]);
+      run_on(own.fibers[t]);
     }
     std::this_thread::yield();
   }
