@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from pecker_fast.compare import tables
-from pecker_fast.compare.falsification import falsification
+from pecker_fast.compare.falsification import CLAIMS, falsification
 from pecker_fast.compare.methods import methods
 from pecker_fast.compare.plan import Plan
 from pecker_fast.compare.results import Results, selected
@@ -36,5 +37,10 @@ def everything(results: Results) -> str:
 
 
 def headlines(results: Results) -> str:
-    """Does the mask help, and what came out at equal seconds."""
-    return f"{falsification(results).markdown()}\n\n{tables.quality(results, 'equal_seconds').markdown()}"
+    """Does the mask help, and what came out at equal seconds, in short."""
+    asked = falsification(results)
+    first = {f"{ours} against {theirs}" for ours, theirs in CLAIMS[:3]}
+    short = replace(asked, rows=tuple(row for row in asked.rows if row[0] in first))
+    found = tables.quality(results, "equal_seconds")
+    found = replace(found, head=found.head[:6], rows=tuple(row[:6] for row in found.rows))
+    return f"{short.markdown()}\n\n{found.markdown()}"
