@@ -123,6 +123,12 @@ def _evaluate(commands: Any) -> None:
     data_flags(parser, "real images to compare with, for --judge")
     parser.add_argument("--num", type=positive_int, default=100, metavar="N", help="images of each class (100)")
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
+    parser.add_argument(
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="also FID and the like: weights of the 2015 Inception, a local file",
+    )
     cache_flags(parser)
     device_flag(parser)
 

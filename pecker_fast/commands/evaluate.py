@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pecker_fast import models
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.files import read_images
+from pecker_fast.commands.inception import inception_figures
 from pecker_fast.commands.judging import load_judge
 from pecker_fast.commands.sample import check_classes, draw, generative_config
 from pecker_fast.commands.source import torch_device
@@ -49,6 +50,13 @@ def run(options: argparse.Namespace) -> Outcome:
         f"retain accuracy      {values['retain_accuracy']:.1%}\n"
         f"Fréchet distance     {values['frechet_distance']:.3g}  (judge's features; not FID)"
     )
+    if options.inception is not None:
+        found = inception_figures(options.inception, images, labels, real, options.forget_class, device, options.quiet)
+        values |= found
+        text += (
+            f"\nFID                  {found['fid']:.4g}\ninception score      {found['inception_score']:.4g}\n"
+            f"precision, recall    {found['precision']:.3f}, {found['recall']:.3f}  (Inception's features)"
+        )
     return Outcome({"images": len(images), "forget_class": options.forget_class, **values}, text)
 
 
