@@ -15,7 +15,7 @@ command=("$python" -m pecker_fast)
 [[ -d $out/judge ]] || "${command[@]}" judge --train_data_dir "$out/data" --width 16 --augment --max_train_steps 1000 \
   --train_batch_size 64 --output_dir "$out/judge"
 OMP_NUM_THREADS=1 "${command[@]}" compare --pretrained_model_name_or_path "$out/teacher" --judge "$out/judge" \
-  --train_data_dir "$out/data" --forget_class 0 --tuning_class 2 --methods sfd pecker random --seeds 0 1 2 3 4 \
-  --learning_rate_factors 0.5 1 2 --max_train_steps 100 --num 100 --processes 2 --max_train_samples 4000 \
+  --train_data_dir "$out/data" --forget_class 0 --tuning_class 2 --methods sfd pecker random --seeds 0 1 2 \
+  --learning_rate_factors 1 2 --max_train_steps 100 --num 100 --processes 2 --max_train_samples 4000 \
   --train_batch_size 32 --forget_batch_size 8 --generator_lr 1e-3 --forget_weight 0.05 --ema_decay 0.95 \
   --lr_warmup_steps 10 --output_dir "$out/compare"

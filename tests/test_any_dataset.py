@@ -2,7 +2,7 @@
 
 import json
 
-import datasets
+import image_sets
 import numpy as np
 import pytest
 import torch
@@ -41,9 +41,9 @@ def shapes(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     pixels, labels = _shapes(18)
     if request.param == "npz":
-        datasets.npz(root / "shapes.npz", pixels, labels, NAMES)
+        image_sets.npz(root / "shapes.npz", pixels, labels, NAMES)
     else:
-        datasets.folder(root / "shapes", pixels, labels, NAMES)
+        image_sets.folder(root / "shapes", pixels, labels, NAMES)
     return root / ("shapes.npz" if request.param == "npz" else "shapes")
 
 
@@ -92,19 +92,19 @@ def test_real_images_have_no_distance_to_themselves(shapes, tmp_path, monkeypatc
     data = ("--train_data_dir", shapes)
     _run(capsys, "judge", *data, *SMALL, "--output_dir", "judge")
     pixels, labels = _shapes(18)
-    datasets.npz(tmp_path / "real.npz", pixels, labels)
+    image_sets.npz(tmp_path / "real.npz", pixels, labels)
     found = ("--forget_class", "1", "--judge", "judge", *data, "--quiet")
     assert _run(capsys, "evaluate", "--images", "real.npz", *found)["frechet_distance"] == pytest.approx(0, abs=1e-6)
-    datasets.npz(tmp_path / "noise.npz", datasets.random_pixels(18, 16), labels)
+    image_sets.npz(tmp_path / "noise.npz", image_sets.random_pixels(18, 16), labels)
     assert _run(capsys, "evaluate", "--images", "noise.npz", *found)["frechet_distance"] > 1e-3
 
 
 def test_evaluate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pixels, labels = _shapes(18)
-    datasets.npz(tmp_path / "shapes.npz", pixels, labels, NAMES)
-    datasets.npz(tmp_path / "two.npz", pixels[:12], labels[:12], NAMES[:2])
-    datasets.npz(tmp_path / "small.npz", pixels[:, :, ::2, ::2], labels, NAMES)
+    image_sets.npz(tmp_path / "shapes.npz", pixels, labels, NAMES)
+    image_sets.npz(tmp_path / "two.npz", pixels[:12], labels[:12], NAMES[:2])
+    image_sets.npz(tmp_path / "small.npz", pixels[:, :, ::2, ::2], labels, NAMES)
     assert main(["judge", "--train_data_dir", "shapes.npz", *SMALL, "--output_dir", "judge"]) == 0
     tiny = {"num_res_blocks": 1, "attention_resolutions": (), "image_size": 16, "norm_groups": 2, "num_classes": 2}
     schedule = {"steps": 1, "schedule": NoiseSchedule.linear().to_dict(), "sample_shape": [3, 16, 16]}
@@ -132,7 +132,7 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
 
 def test_pretrain_takes_what_the_images_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    datasets.cifar10_binary(tmp_path / "cifar", datasets.random_pixels(6), [0, 1, 2, 3, 4, 5])
+    image_sets.cifar10_binary(tmp_path / "cifar", image_sets.random_pixels(6), [0, 1, 2, 3, 4, 5])
     plan = ("--train_data_dir", "cifar", "--output_dir", "out", "--dry_run", "--quiet")
     architecture = {}
     for size in (32, 16, 8):
@@ -166,7 +166,7 @@ def test_pretrain_takes_what_the_images_say(tmp_path, monkeypatch, capsys):
 
 
 def test_stl10_trains_a_step(tmp_path):
-    datasets.stl10(tmp_path, datasets.random_pixels(4, size=96), [0, 3, 9, 3])
+    image_sets.stl10(tmp_path, image_sets.random_pixels(4, size=96), [0, 3, 9, 3])
     data = load_dataset(tmp_path, image_size=32)
     model = DDPMUNet(width=4, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=2)
     before = model.conv_in.weight.clone()

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import background
-import datasets
+import image_sets
 import pytest
 import torch
 
@@ -41,9 +41,9 @@ def rehearse() -> tuple[tempfile.TemporaryDirectory, list[tuple[int, str, str]]]
     """A teacher that is cut short and goes on once its checkpoints are lost, and a judge."""
     holder = tempfile.TemporaryDirectory()
     folder = Path(holder.name)
-    pixels, labels = datasets.random_pixels(60), [i % 10 for i in range(60)]
+    pixels, labels = image_sets.random_pixels(60), [i % 10 for i in range(60)]
     for split in ("train", "test"):
-        datasets.parquet(folder / "data" / "plain_text" / f"{split}-00000-of-00001.parquet", pixels, labels)
+        image_sets.parquet(folder / "data" / "plain_text" / f"{split}-00000-of-00001.parquet", pixels, labels)
     calls = [call(folder, "teacher", "compare", "assets", TEACHER_SECONDS="0.001")]
     shutil.rmtree(folder / "out.scratch")
     calls.append(call(folder, "teacher", "judge"))

@@ -4,7 +4,7 @@ import random
 import time
 
 import bombs
-import datasets
+import image_sets
 import numpy as np
 import pytest
 
@@ -14,18 +14,18 @@ from pecker_fast.errors import FileFormatError
 MUTANTS = 200
 SECONDS = 1
 COUNT = 3
-PIXELS, LABELS = datasets.random_pixels(COUNT), np.array([0, 9, 4])
-SMALL = datasets.random_pixels(COUNT, size=4)
-LARGE = datasets.random_pixels(COUNT, size=96)
+PIXELS, LABELS = image_sets.random_pixels(COUNT), np.array([0, 9, 4])
+SMALL = image_sets.random_pixels(COUNT, size=4)
+LARGE = image_sets.random_pixels(COUNT, size=96)
 KINDS = {
-    "cifar10-binary": (lambda root: datasets.cifar10_binary(root, PIXELS, LABELS), "data_batch_1.bin"),
-    "cifar10-python": (lambda root: datasets.cifar10_python(root, PIXELS, LABELS), "data_batch_1"),
-    "stl10": (lambda root: datasets.stl10(root, LARGE, LABELS), "train_y.bin"),
-    "stl10 images": (lambda root: datasets.stl10(root, LARGE, LABELS), "train_X.bin"),
-    "parquet": (lambda root: datasets.parquet(root / "x.parquet", SMALL, LABELS), "x.parquet"),
-    "npz": (lambda root: datasets.npz(root / "x.npz", SMALL, LABELS, datasets.NAMES), "x.npz"),
-    "plain npz": (lambda root: datasets.npz(root / "x.npz", SMALL, LABELS, datasets.NAMES, False), "x.npz"),
-    "folder": (lambda root: datasets.folder(root, SMALL, LABELS, datasets.NAMES), "deer/0002.png"),
+    "cifar10-binary": (lambda root: image_sets.cifar10_binary(root, PIXELS, LABELS), "data_batch_1.bin"),
+    "cifar10-python": (lambda root: image_sets.cifar10_python(root, PIXELS, LABELS), "data_batch_1"),
+    "stl10": (lambda root: image_sets.stl10(root, LARGE, LABELS), "train_y.bin"),
+    "stl10 images": (lambda root: image_sets.stl10(root, LARGE, LABELS), "train_X.bin"),
+    "parquet": (lambda root: image_sets.parquet(root / "x.parquet", SMALL, LABELS), "x.parquet"),
+    "npz": (lambda root: image_sets.npz(root / "x.npz", SMALL, LABELS, image_sets.NAMES), "x.npz"),
+    "plain npz": (lambda root: image_sets.npz(root / "x.npz", SMALL, LABELS, image_sets.NAMES, False), "x.npz"),
+    "folder": (lambda root: image_sets.folder(root, SMALL, LABELS, image_sets.NAMES), "deer/0002.png"),
 }
 
 
@@ -94,7 +94,7 @@ def _allowed(kind, whole, found, content, mutant):
         return _same(whole, found)
     if kind == "cifar10-binary":
         records = np.frombuffer(mutant, np.uint8).reshape(-1, 3073)
-        images = datasets.as_images(records[:, 1:].reshape(-1, 3, 32, 32))
+        images = image_sets.as_images(records[:, 1:].reshape(-1, 3, 32, 32))
         return np.allclose(found.images, images, rtol=0, atol=1e-6) and found.labels.tolist() == records[:, 0].tolist()
     changed, values = _bytes_differing(content, mutant), _values_differing(whole, found)
     return changed is not None and values is not None and values <= changed
@@ -132,7 +132,7 @@ def test_mutants_are_refused_by_name_or_read_as_they_are(outcomes):
 
 def test_with_checksums_every_mutant_is_refused(outcomes):
     _, root, file, whole, results = outcomes
-    datasets.sums(root)
+    image_sets.sums(root)
     content = file.read_bytes()
     for mutant, _ in results:
         _replace(file, mutant)
@@ -146,12 +146,12 @@ def test_with_checksums_every_mutant_is_refused(outcomes):
 
 @pytest.mark.parametrize("kind", [*bombs.BOMBS, "slow"])
 def test_bombs_are_refused_within_the_second(kind, tmp_path):
-    datasets.cifar10_python(tmp_path, PIXELS, LABELS)
+    image_sets.cifar10_python(tmp_path, PIXELS, LABELS)
     (tmp_path / "data_batch_1").write_bytes(bombs.SLOW if kind == "slow" else bombs.BOMBS[kind][0])
     assert "data_batch_1: byte" in str(_outcome(tmp_path))
 
 
 def test_a_bomb_of_names_is_refused_within_the_second(tmp_path):
-    datasets.cifar10_python(tmp_path, PIXELS, LABELS)
+    image_sets.cifar10_python(tmp_path, PIXELS, LABELS)
     (tmp_path / "batches.meta").write_bytes(bombs.NAMES)
     assert "batches.meta: expected the names of 10 classes" in str(_outcome(tmp_path))

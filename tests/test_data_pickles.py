@@ -9,7 +9,7 @@ import tracemalloc
 from pathlib import Path
 
 import bombs
-import datasets
+import image_sets
 import numpy as np
 import pytest
 
@@ -149,7 +149,7 @@ def test_bombs_are_refused_before_they_take_memory(kind, tmp_path):
 
 
 def test_a_bomb_of_names_is_refused_before_it_takes_memory(tmp_path):
-    datasets.cifar10_python(tmp_path, datasets.random_pixels(1), [0])
+    image_sets.cifar10_python(tmp_path, image_sets.random_pixels(1), [0])
     (tmp_path / "batches.meta").write_bytes(bombs.NAMES)
 
     def read():
@@ -179,7 +179,7 @@ def test_the_hostile_ones_would_run(tmp_path, monkeypatch):
 
 
 def test_hostile_names_of_classes(tmp_path, monkeypatch):
-    datasets.cifar10_python(tmp_path / "set", datasets.random_pixels(1), [0])
+    image_sets.cifar10_python(tmp_path / "set", image_sets.random_pixels(1), [0])
     meta = tmp_path / "set" / "batches.meta"
     monkeypatch.chdir(tmp_path)
     for names in (HOSTILE["mkdir"], ["a"] * 10, ["a"] * 9, list(range(10)), {"a": 1}, 7, None):

@@ -4,7 +4,7 @@ import pickle
 import re
 import zipfile
 
-import datasets
+import image_sets
 import numpy as np
 import pytest
 import torch
@@ -15,11 +15,11 @@ from pecker_fast.data.stored import spread
 from pecker_fast.errors import FileFormatError
 
 COUNT = 7
-PIXELS, LABELS = datasets.random_pixels(COUNT), datasets.random_labels(COUNT)
-EXPECTED = torch.from_numpy(datasets.as_images(PIXELS))
+PIXELS, LABELS = image_sets.random_pixels(COUNT), image_sets.random_labels(COUNT)
+EXPECTED = torch.from_numpy(image_sets.as_images(PIXELS))
 
 
-def _check(data, images=EXPECTED, labels=LABELS, names=datasets.NAMES):
+def _check(data, images=EXPECTED, labels=LABELS, names=image_sets.NAMES):
     torch.testing.assert_close(data.images, images, rtol=0, atol=1e-6)
     assert data.labels.tolist() == labels.tolist()
     assert data.class_names == names
@@ -30,20 +30,20 @@ def _repickled(protocol):
 
 
 WRITERS = {
-    "binary": lambda root: datasets.cifar10_binary(root, PIXELS, LABELS),
-    "python": lambda root: datasets.cifar10_python(root, PIXELS, LABELS),
+    "binary": lambda root: image_sets.cifar10_binary(root, PIXELS, LABELS),
+    "python": lambda root: image_sets.cifar10_python(root, PIXELS, LABELS),
     **{
-        f"python {protocol}": lambda root, protocol=protocol: datasets.cifar10_python(
+        f"python {protocol}": lambda root, protocol=protocol: image_sets.cifar10_python(
             root, PIXELS, LABELS, write=_repickled(protocol)
         )
         for protocol in (2, 3, 4, 5)
     },
-    "python of numpy 1": lambda root: datasets.cifar10_python(
+    "python of numpy 1": lambda root: image_sets.cifar10_python(
         root, PIXELS, LABELS, write=lambda content: pickle.dumps(content, 3).replace(b"numpy._core", b"numpy.core")
     ),
-    "parquet": lambda root: datasets.parquet(root / "train-0.parquet", PIXELS, LABELS),
-    "npz": lambda root: datasets.npz(root / "any.npz", PIXELS, LABELS, datasets.NAMES),
-    "plain npz": lambda root: datasets.npz(root / "any.npz", PIXELS, LABELS, datasets.NAMES, compressed=False),
+    "parquet": lambda root: image_sets.parquet(root / "train-0.parquet", PIXELS, LABELS),
+    "npz": lambda root: image_sets.npz(root / "any.npz", PIXELS, LABELS, image_sets.NAMES),
+    "plain npz": lambda root: image_sets.npz(root / "any.npz", PIXELS, LABELS, image_sets.NAMES, compressed=False),
 }
 
 
@@ -55,65 +55,65 @@ def test_cifar10_in_every_form(kind, tmp_path):
     chosen = PIXELS[[0, 2, 4]].astype(int)
     grey = (19595 * chosen[:, 0] + 38470 * chosen[:, 1] + 7471 * chosen[:, 2] + 0x8000) >> 16
     boxes = grey.reshape(3, 1, 16, 2, 16, 2).mean((3, 5))
-    _check(half, torch.from_numpy(datasets.as_images(boxes)), LABELS[[0, 2, 4]])
+    _check(half, torch.from_numpy(image_sets.as_images(boxes)), LABELS[[0, 2, 4]])
 
 
 def test_stl10_has_columns_and_counts_from_one(tmp_path):
-    pixels, labels = datasets.random_pixels(4, size=96), np.array([0, 9, 4, 4])
-    datasets.stl10(tmp_path, pixels, labels)
+    pixels, labels = image_sets.random_pixels(4, size=96), np.array([0, 9, 4, 4])
+    image_sets.stl10(tmp_path, pixels, labels)
     data = load_dataset(tmp_path)
     names = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
-    _check(data, torch.from_numpy(datasets.as_images(pixels)), labels, names)
+    _check(data, torch.from_numpy(image_sets.as_images(pixels)), labels, names)
     assert not torch.equal(data.images, data.images.mT)  # a control: the other order is another image
     small = load_dataset(tmp_path, image_size=32)
     boxes = pixels.reshape(4, 3, 32, 3, 32, 3).astype(np.float64).mean((3, 5))
-    _check(small, torch.from_numpy(datasets.as_images(boxes)), labels, names)
+    _check(small, torch.from_numpy(image_sets.as_images(boxes)), labels, names)
 
 
 def test_folder_tells_its_own_size_and_colours(tmp_path):
     names = ("dots", "lines")
-    pixels, labels = datasets.random_pixels(5, size=6, channels=1), np.array([0, 0, 0, 1, 1])
-    datasets.folder(tmp_path, pixels, labels, names)
-    _check(load_dataset(tmp_path), torch.from_numpy(datasets.as_images(pixels)), labels, names)
-    colour = datasets.random_pixels(1, size=6)[0]
-    (tmp_path / "lines" / "0003.png").write_bytes(datasets.png(colour))
+    pixels, labels = image_sets.random_pixels(5, size=6, channels=1), np.array([0, 0, 0, 1, 1])
+    image_sets.folder(tmp_path, pixels, labels, names)
+    _check(load_dataset(tmp_path), torch.from_numpy(image_sets.as_images(pixels)), labels, names)
+    colour = image_sets.random_pixels(1, size=6)[0]
+    (tmp_path / "lines" / "0003.png").write_bytes(image_sets.png(colour))
     mixed = load_dataset(tmp_path)  # one picture in colour makes all of them so
     expected = np.concatenate([pixels[:3].repeat(3, 1), colour[None], pixels[4:].repeat(3, 1)])
-    _check(mixed, torch.from_numpy(datasets.as_images(expected)), labels, names)
+    _check(mixed, torch.from_numpy(image_sets.as_images(expected)), labels, names)
 
 
 def test_splits(tmp_path):
     train, test = PIXELS[:4], PIXELS[4:]
     for kind, write in {
-        "binary": lambda root, *a: datasets.cifar10_binary(root, *a),
-        "python": lambda root, *a: datasets.cifar10_python(root, *a),
+        "binary": lambda root, *a: image_sets.cifar10_binary(root, *a),
+        "python": lambda root, *a: image_sets.cifar10_python(root, *a),
     }.items():
         suffix = ".bin" if kind == "binary" else ""
         write(tmp_path / kind, train[:2], LABELS[:2], f"data_batch_2{suffix}")
         write(tmp_path / kind, train[2:], LABELS[2:4], f"data_batch_10{suffix}")
         write(tmp_path / kind, test, LABELS[4:], f"test_batch{suffix}")
     for split, part in (("train", slice(0, 4)), ("test", slice(4, None))):
-        datasets.parquet(tmp_path / "parquet" / f"{split}-0.parquet", PIXELS[part], LABELS[part])
-        datasets.npz(tmp_path / "npz" / f"{split}.npz", PIXELS[part], LABELS[part], datasets.NAMES)
+        image_sets.parquet(tmp_path / "parquet" / f"{split}-0.parquet", PIXELS[part], LABELS[part])
+        image_sets.npz(tmp_path / "npz" / f"{split}.npz", PIXELS[part], LABELS[part], image_sets.NAMES)
     for kind in ("binary", "python", "parquet", "npz"):
         _check(load_dataset(tmp_path / kind), EXPECTED[:4], LABELS[:4])
         _check(load_dataset(tmp_path / kind, split="test"), EXPECTED[4:], LABELS[4:])
         _check(load_dataset(tmp_path / kind, split="all"))
     for split, part in (("train", slice(0, 4)), ("test", slice(4, None))):
         order = np.arange(len(PIXELS[part])) % 2
-        datasets.folder(tmp_path / "folder" / split, PIXELS[part], order, "ab")
+        image_sets.folder(tmp_path / "folder" / split, PIXELS[part], order, "ab")
         data = load_dataset(tmp_path / "folder", split=split)
         _check(data, EXPECTED[part][order.argsort(kind="stable")], np.sort(order), ("a", "b"))
-    datasets.folder(tmp_path / "unsplit", PIXELS, LABELS % 2, "ab")
+    image_sets.folder(tmp_path / "unsplit", PIXELS, LABELS % 2, "ab")
     with pytest.raises(FileFormatError, match="holds no folder files of split 'test'"):
         load_dataset(tmp_path / "unsplit", split="test")
 
 
 def test_one_file_is_a_data_set(tmp_path):
-    datasets.npz(tmp_path / "a.npz", PIXELS, LABELS)
+    image_sets.npz(tmp_path / "a.npz", PIXELS, LABELS)
     data = load_dataset(tmp_path / "a.npz")
     _check(data, names=tuple(map(str, range(LABELS.max() + 1))))  # nobody said what they are called
-    datasets.parquet(tmp_path / "b.parquet", PIXELS, LABELS, columns=("image", "labels"), names=None)
+    image_sets.parquet(tmp_path / "b.parquet", PIXELS, LABELS, columns=("image", "labels"), names=None)
     _check(load_dataset(tmp_path / "b.parquet"), names=data.class_names)
     with pytest.raises(FileFormatError, match="one file has no splits"):
         load_dataset(tmp_path / "a.npz", split="test")
@@ -123,7 +123,7 @@ def test_one_file_is_a_data_set(tmp_path):
 
 
 def test_written_npz_comes_back(tmp_path):
-    data = ImageData(EXPECTED, torch.from_numpy(LABELS), datasets.NAMES)
+    data = ImageData(EXPECTED, torch.from_numpy(LABELS), image_sets.NAMES)
     write_npz(data, tmp_path / "x.npz")
     _check(load_dataset(tmp_path / "x.npz"))
     with pytest.raises(FileFormatError, match="cannot be written"):
@@ -139,15 +139,15 @@ def test_spread_keeps_every_class_of_sorted_data():
 
 def test_checksums(tmp_path):
     for write in (
-        lambda root: datasets.cifar10_binary(root / "d", PIXELS, LABELS),
-        lambda root: datasets.folder(root / "d", PIXELS, LABELS % 2, "ab"),
-        lambda root: datasets.npz(root / "d" / "x.npz", PIXELS, LABELS),
+        lambda root: image_sets.cifar10_binary(root / "d", PIXELS, LABELS),
+        lambda root: image_sets.folder(root / "d", PIXELS, LABELS % 2, "ab"),
+        lambda root: image_sets.npz(root / "d" / "x.npz", PIXELS, LABELS),
     ):
         root = tmp_path / str(len(list(tmp_path.iterdir())))
         write(root)
         root = root / "d"
         whole = load_dataset(root)
-        datasets.sums(root)
+        image_sets.sums(root)
         assert torch.equal(load_dataset(root).images, whole.images)
         file = next(file for file in sorted(root.rglob("*")) if file.suffix in (".bin", ".png", ".npz"))
         name = file.relative_to(root).as_posix()
@@ -241,18 +241,18 @@ def test_refusals(kind, name, change, text, tmp_path):
 
 
 def test_stl10_refusals(tmp_path):
-    pixels, labels = datasets.random_pixels(2, size=96), np.array([0, 9])
+    pixels, labels = image_sets.random_pixels(2, size=96), np.array([0, 9])
     for name, change, text in (
         ("train_X.bin", lambda b: b[:-1], "27648 bytes for each of the 2 labels of train_y.bin, got 55295"),
         ("train_y.bin", lambda b: b"\0" + b[1:], "label 0 of image 0 is out of range; expected 1 to 10"),
         ("train_y.bin", lambda b: b[:1] + b"\x0b", "label 11 of image 1"),
         ("class_names.txt", lambda b: b"one two", "names of 10 classes, got 2"),
     ):
-        datasets.stl10(tmp_path, pixels, labels)
+        image_sets.stl10(tmp_path, pixels, labels)
         _edit(tmp_path / name, change)
         with pytest.raises(FileFormatError, match=rf"{name}: .*{text}"):
             load_dataset(tmp_path)
-    datasets.stl10(tmp_path, pixels, labels)
+    image_sets.stl10(tmp_path, pixels, labels)
     (tmp_path / "train_y.bin").unlink()
     with pytest.raises(FileFormatError, match=r"train_y\.bin: cannot be read"):
         load_dataset(tmp_path)
@@ -264,10 +264,10 @@ def test_parquet_refusals(tmp_path):
 
     file = tmp_path / "x.parquet"
     for write, text in (
-        (lambda: datasets.parquet(file, PIXELS, LABELS, names=("a", "b")), "out of range; expected 0 to 1"),
-        (lambda: datasets.parquet(file, PIXELS, LABELS, columns=("picture", "label")), "one column image or img"),
-        (lambda: datasets.parquet(file, PIXELS, LABELS, columns=("img", "fine")), "one column label or labels"),
-        (lambda: datasets.parquet(file, PIXELS[:0], LABELS[:0]), "holds no images"),
+        (lambda: image_sets.parquet(file, PIXELS, LABELS, names=("a", "b")), "out of range; expected 0 to 1"),
+        (lambda: image_sets.parquet(file, PIXELS, LABELS, columns=("picture", "label")), "one column image or img"),
+        (lambda: image_sets.parquet(file, PIXELS, LABELS, columns=("img", "fine")), "one column label or labels"),
+        (lambda: image_sets.parquet(file, PIXELS[:0], LABELS[:0]), "holds no images"),
         (lambda: pq.write_table(pa.table({"img": ["x"], "label": [0]}), file), "img 0 holds no bytes"),
         (lambda: pq.write_table(pa.table({"img": [b"x"], "label": [0]}), file), "img 0: not a readable image"),
         (lambda: pq.write_table(pa.table({"img": [b"x"], "label": [None]}), file), "expected an integer label"),

@@ -3,7 +3,7 @@
 import json
 from types import SimpleNamespace
 
-import datasets
+import image_sets
 import pytest
 import torch
 
@@ -155,10 +155,10 @@ def test_command_judges_digits_and_plans(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "out" / "judge.json").read_text())
     right = round(report["held_out_accuracy"] * 359)
     assert report["held_out_accuracy_ci95"] == list(wilson_interval(right, 359))
-    datasets.npz(tmp_path / "two.npz", datasets.random_pixels(2, 16), [0, 1])
+    image_sets.npz(tmp_path / "two.npz", image_sets.random_pixels(2, 16), [0, 1])
     assert main([*small, "--train_data_dir", "two.npz"]) == 2
     assert "to hold a fifth out" in capsys.readouterr().err
-    datasets.npz(tmp_path / "odd.npz", datasets.random_pixels(6, 18), [0, 0, 0, 1, 1, 1])
+    image_sets.npz(tmp_path / "odd.npz", image_sets.random_pixels(6, 18), [0, 0, 0, 1, 1, 1])
     assert main([*small, "--train_data_dir", "odd.npz"]) == 2
     assert "divisible by 4" in capsys.readouterr().err
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
-import datasets
+import image_sets
 import pytest
 import torch
 
@@ -22,7 +22,7 @@ SMALL = ["--width", "4", "--train_batch_size", "4", "--quiet"]
 @pytest.fixture
 def pretrain(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    datasets.npz(tmp_path / "images.npz", datasets.random_pixels(12, 8), [i % 2 for i in range(12)])
+    image_sets.npz(tmp_path / "images.npz", image_sets.random_pixels(12, 8), [i % 2 for i in range(12)])
     common = ["pretrain", "--train_data_dir", "images.npz", "--max_train_steps", "3", "--lr_warmup_steps", "1", *SMALL]
     return lambda folder, *more: main([*common, "--output_dir", folder, *more])
 
@@ -86,7 +86,7 @@ def test_interrupted_it_leaves_a_checkpoint(pretrain, tmp_path, monkeypatch, cap
 
 def test_a_judge_is_judged_as_it_is_stored(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    datasets.npz(tmp_path / "images.npz", datasets.random_pixels(12, 8), [i % 2 for i in range(12)])
+    image_sets.npz(tmp_path / "images.npz", image_sets.random_pixels(12, 8), [i % 2 for i in range(12)])
     stored = ["--save_dtype", "float16", "--max_shard_size", "6KB"]
     steps = ["--max_train_steps", "2", "--output_dir", "judge"]
     assert main(["judge", "--train_data_dir", "images.npz", *steps, *SMALL, *stored]) == 0
