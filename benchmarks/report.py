@@ -25,7 +25,7 @@ import tables as quality  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 README, BENCHMARKS, QUALITY = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "benchmarks" / "results"
-DIGITS = ROOT / "docs" / "results" / "digits.md"
+DIGITS, CIFAR16 = ROOT / "docs" / "results" / "digits.md", ROOT / "docs" / "results" / "cifar16.md"
 
 
 def headlines_table(results: dict[str, Any]) -> str:
@@ -173,6 +173,7 @@ TABLES = {
         "comparison": ("docs/results/digits", comparisons.headlines),
     },
     DIGITS: {"comparison": ("docs/results/digits", comparisons.everything)},
+    CIFAR16: {"comparison": ("docs/results/cifar16", comparisons.everything)},
     BENCHMARKS: {
         "all kernels": ("cpu/kernels.json", kernels_table),
         "all kernels on a GPU": (ON_GPUS, gpu_tables),
