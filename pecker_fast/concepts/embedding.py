@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pecker_fast.concepts.pipeline import MISSING, PipelineFolder
+from pecker_fast.concepts.pipeline import PipelineFolder
+from pecker_fast.models.one_step_scheduler import diffusers_library
 
 BATCH = 32
 
@@ -38,12 +39,8 @@ def embed_prompts(
     Raises:
         ImportError: diffusers or transformers is not installed.
     """
-    try:
-        from diffusers import StableDiffusionPipeline
-    except ImportError as error:
-        raise ImportError(MISSING) from error
     absent = dict.fromkeys(("unet", "vae", "safety_checker", "feature_extractor", "image_encoder"))
-    encoder = StableDiffusionPipeline.from_pretrained(
+    encoder = diffusers_library().StableDiffusionPipeline.from_pretrained(
         pipeline.path, **absent, requires_safety_checker=False, local_files_only=True, use_safetensors=True
     )
     encoder.text_encoder.to(device).eval()

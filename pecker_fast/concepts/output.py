@@ -84,7 +84,5 @@ def extract_delta(
     Raises:
         ValueError: A weight differs outside the mask.
     """
-    delta = Delta.extract(
-        dict(before), dict(after), mask, name=name, metadata=metadata, ledger=ledger, progress=False
-    )
+    delta = Delta.extract(dict(before), dict(after), mask, name=name, metadata=metadata, ledger=ledger, progress=False)
     return delta, Ledger([*ledger, delta.record])

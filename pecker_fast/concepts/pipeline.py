@@ -16,10 +16,12 @@ from pecker_fast.checkpoint import StrPath, read_json, read_safetensors
 from pecker_fast.concepts.support import check_index, check_prediction, check_safetensors, check_unet, weights_file
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
+from pecker_fast.models.one_step_scheduler import diffusers_library
 from pecker_fast.schedule import NoiseSchedule
+from pecker_fast.score_model import PREDICTION_TYPES
 
 INDEX = "model_index.json"
-MISSING = "pipelines need diffusers and transformers, which are not both installed; run: pip install pecker_fast[diffusers]"
+MISSING = "pipelines need transformers, which is not installed; run: pip install pecker_fast[diffusers]"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class PipelineFolder:
         if not path.is_dir():
             raise FileFormatError(f"{path}: no such folder; expected a pipeline that diffusers saved")
         if not cls.is_one(path):
-            raise FileFormatError(f"{path}: has no {INDEX}; expected a pipeline that diffusers saved")
+            raise FileFormatError(
+                f"{path}: has no {INDEX}; expected a pipeline that diffusers saved (a "
+                f"class-conditional model forgets classes: --forget_class)"
+            )
         index = read_json(path / INDEX)
         check_index(path, index)
         unet_config = read_json(path / "unet" / "config.json")
@@ -69,6 +74,13 @@ class PipelineFolder:
         return cls(path, index, unet_config, scheduler_config, check_prediction(settings, scheduler_config))
 
     @property
+    def t_init(self) -> int | None:
+        """Timestep at which it starts where it is a one-step generator, as its scheduler says; else None."""
+        config = self.scheduler_config
+        one_step = config.get("timestep_spacing") == "trailing" and isinstance(config.get("trained_betas"), list)
+        return len(config["trained_betas"]) - 1 if one_step else None
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the latents."""
         size = self.unet_config["sample_size"]
@@ -78,7 +90,11 @@ class PipelineFolder:
     @property
     def components(self) -> set[str]:
         """Names of the folders that make up the pipeline."""
-        return {name for name, value in self.index.items() if name.isidentifier() and isinstance(value, list) and (self.path / name).is_dir()}
+        return {
+            name
+            for name, value in self.index.items()
+            if name.isidentifier() and isinstance(value, list) and (self.path / name).is_dir()
+        }
 
     @property
     def weights_file(self) -> Path:
@@ -122,15 +138,23 @@ class PipelineFolder:
             FileFormatError: The weights do not fit ``unet/config.json``.
             ImportError: diffusers is not installed.
         """
-        kind = diffusers_library().UNet2DConditionModel
         with torch.device("meta"):
-            unet: nn.Module = kind.from_config(self.unet_config)
+            unet = self.empty_unet()
         given = self.tensors() if tensors is None else {name: tensor.clone() for name, tensor in tensors.items()}
         try:
             unet.load_state_dict(given, assign=True)
         except RuntimeError as error:
             raise FileFormatError(f"{self.weights_file}: does not fit unet/config.json: {error}") from error
         return unet.to(dtype=dtype).eval() if dtype is not None else unet.eval()
+
+    def empty_unet(self) -> nn.Module:
+        """The UNet2DConditionModel with weights that nobody has set, on torch's default device.
+
+        Raises:
+            ImportError: diffusers is not installed.
+        """
+        unet: nn.Module = diffusers_library().UNet2DConditionModel.from_config(self.unet_config)
+        return unet
 
     def scheduler(self) -> Any:
         """The pipeline's own scheduler.
@@ -151,7 +175,7 @@ class PipelineFolder:
         Raises:
             TypeError, ValueError: The scheduler has none, or one that does not decrease within (0, 1).
         """
-        return NoiseSchedule.from_diffusers(self.scheduler())
+        return NoiseSchedule.from_diffusers(self.scheduler(), PREDICTION_TYPES)
 
     def tokenizer(self) -> Any:
         """The pipeline's own tokenizer.
@@ -191,18 +215,21 @@ class PipelineFolder:
                 )
 
 
-def _short(prompt: str) -> str:
-    return prompt if len(prompt) <= 100 else prompt[:97] + "..."
-
-
-def diffusers_library() -> Any:
-    """diffusers.
+def quiet_libraries() -> None:
+    """No progress bars and no advice from diffusers and transformers for the rest of the process.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: One of them is not installed.
     """
+    diffusers_library().utils.logging.disable_progress_bar()
+    diffusers_library().utils.logging.set_verbosity_error()
     try:
-        import diffusers
+        import transformers
     except ImportError as error:
         raise ImportError(MISSING) from error
-    return diffusers
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 100 else prompt[:97] + "..."

@@ -8,16 +8,18 @@ from typing import Any
 
 from pecker_fast.concepts.request import Erasure
 
+_PARTS = ("forget", "override", "retain", "negative")
+
 
 @dataclass(frozen=True)
 class PromptPlan:
     """Which prompts there are, and which part each plays. The null prompt "" is the row after the last one.
 
     Attributes:
-        texts: Prompts, each once.
+        texts: Prompts, each once but for the negative one.
         forget: Labels of those to forget.
         override: What the frozen model is asked for in their place: one label for each, or None.
-        retain: Labels of those that are kept.
+        retain: Labels of those that are kept; the empty prompt, where none is given.
         negative: What takes the null prompt's place in guidance for forgotten ones: one label, or None.
     """
 
@@ -37,8 +39,11 @@ class PromptPlan:
         kept = list(dict.fromkeys(prompt.strip() for prompt in retain))
         if "" in kept:
             raise ValueError("retained prompts: one is empty; the empty prompt cannot be asked for")
+        kept = kept or [""]  # something has to be kept where a method looks at none
         if both := [prompt for prompt in erasure.forget if prompt in kept]:
-            raise ValueError(f"prompt {both[0]!r} is to be forgotten and to be retained; leave it out of one of the two")
+            raise ValueError(
+                f"prompt {both[0]!r} is to be forgotten and to be retained; leave it out of one of the two"
+            )
         if erasure.override is not None:
             for target in erasure.override:
                 if target in erasure.forget:
@@ -53,8 +58,11 @@ class PromptPlan:
         forget = tuple(map(number, erasure.forget))
         retained = tuple(map(number, kept))
         override = None if erasure.override is None else tuple(map(number, erasure.override))
-        against = None if negative is None else (number(negative.strip()),)
-        return cls(tuple(rows), forget, override, retained, against)
+        texts = tuple(rows)
+        if negative is None:
+            return cls(texts, forget, override, retained)
+        # A row of its own: it often has the words of what is forgotten, and no label may be both.
+        return cls((*texts, negative.strip()), forget, override, retained, (len(texts),))
 
     @property
     def num_classes(self) -> int:
@@ -66,13 +74,23 @@ class PromptPlan:
         """What is embedded: all prompts, then the null prompt."""
         return (*self.texts, "")
 
+    @property
+    def retained_texts(self) -> tuple[str, ...]:
+        """What is kept, as it was given."""
+        return tuple(self.texts[label] for label in self.retain if self.texts[label])
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Fields of ``DistillConfig``: ``num_classes`` and the labels by part."""
+        return {"num_classes": self.num_classes} | {name: getattr(self, name) for name in _PARTS}
+
     def named(self, labels: Sequence[int] | None) -> list[str] | None:
         """The texts of labels."""
         return None if labels is None else [self.texts[label] for label in labels]
 
     def to_dict(self) -> dict[str, Any]:
         """Texts by label, and which part they play, as JSON holds them."""
-        parts = {"forget": self.forget, "override": self.override, "retain": self.retain, "negative": self.negative}
+        parts = {name: getattr(self, name) for name in _PARTS}
         return {"texts": list(self.texts), **{name: labels and list(labels) for name, labels in parts.items()}}
 
     @classmethod
@@ -83,7 +101,7 @@ class PromptPlan:
             KeyError, TypeError, IndexError: It is something else.
         """
         texts = tuple(str(text) for text in values["texts"])
-        parts = {name: values[name] for name in ("forget", "override", "retain", "negative")}
+        parts = {name: values[name] for name in _PARTS}
         labels = {name: None if part is None else tuple(int(label) for label in part) for name, part in parts.items()}
         for part in labels.values():
             for label in part or ():

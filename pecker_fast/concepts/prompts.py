@@ -68,8 +68,8 @@ def replace_concepts(prompt: str, replacements: Mapping[str, str]) -> str:
     Longer concepts come first, so that "new york city" is not taken for "new york".
     """
     for concept in sorted(replacements, key=len, reverse=True):
-        target = replacements[concept]
-        prompt = _pattern(concept).sub(lambda _, target=target: target, prompt)
+        literal = replacements[concept].replace("\\", r"\\")
+        prompt = _pattern(concept).sub(literal, prompt)
     return prompt
 
 

@@ -63,8 +63,8 @@ class Erasure:
         listed = prompts if forget is None else _stripped("forget", forget)
         if len(given) not in (1, len(listed)):
             raise ValueError(
-                f"override prompts: expected one for each of the {len(listed)} forgotten ones, line by line, or one for "
-                f"all, got {len(given)}"
+                f"override prompts: expected one for each of the {len(listed)} forgotten ones, line by line, or one "
+                f"for all, got {len(given)}"
             )
         each = given * len(listed) if len(given) == 1 else given
         return cls(concepts, tuple(prompts), _first(listed, each))

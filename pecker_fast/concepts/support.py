@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.score_model import PREDICTION_TYPES
 
-PREDICTIONS = ("epsilon", "v_prediction")
-"""What a UNet may predict."""
 NEEDED = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
 """Components that are read."""
 _SECOND = ("tokenizer_2", "text_encoder_2", "text_encoder_3", "image_encoder", "transformer", "prior")
@@ -78,8 +77,8 @@ def check_prediction(file: Path, config: Mapping[str, Any]) -> str:
         FileFormatError: Neither the noise nor v.
     """
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise FileFormatError(f"{file}: prediction_type is {prediction!r}; expected {' or '.join(PREDICTIONS)}")
+    if prediction not in PREDICTION_TYPES:
+        raise FileFormatError(f"{file}: prediction_type is {prediction!r}; expected {' or '.join(PREDICTION_TYPES)}")
     return str(prediction)
 
 
