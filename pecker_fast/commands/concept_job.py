@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,11 +131,11 @@ class Job:
 
     def network(self, tensors: dict[str, Tensor]) -> nn.Module:
         """A UNet of these weights as it trains: in its dtype, on its device, perhaps with gradient checkpointing."""
-        unet = self.base.unet(tensors, self.dtype)
-        unet.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        unet: Any = self.base.unet(tensors, self.dtype)
         if self.options.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        return unet
+        placed: nn.Module = unet.to(self.device, memory_format=torch.channels_last)
+        return placed
 
     def check_mask(self) -> None:
         """Refuse a given mask of another network, or with weights that an earlier erasure changed.
