@@ -133,9 +133,7 @@ def test_train_methods_are_regions(method, pipeline):
     assert found == {name for name in pipeline.shapes if inside(name)} and found
 
 
-@pytest.mark.parametrize(
-    ("block", "stored"), [("row", torch.float16), ("element", torch.float32), ((8, 8), torch.float32)]
-)
+@pytest.mark.parametrize(("block", "stored"), [("row", torch.float32), ((8, 8), torch.float16)])
 def test_masters_have_the_bits_of_the_file(block, stored, pipeline):
     tensors = {name: tensor.to(stored) for name, tensor in pipeline.tensors().items()}
     unet = pipeline.unet(tensors, torch.bfloat16).to(memory_format=torch.channels_last)
