@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from pipelines import write_pipeline
 
-from pecker_fast import BlockMask, MaskedDistiller
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
 from pecker_fast.concepts import PipelineFolder, embed_prompts
@@ -19,6 +20,7 @@ from pecker_fast.delta import Delta, Ledger
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.score_model import TextConditional
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "concepts.md"
 UNET = "unet/diffusion_pytorch_model.safetensors"
 FLAGS = (
     *("--erase_concept", "cat", "--retain_prompts", "keep.txt", "--max_train_steps", "1", "--train_batch_size", "1"),
@@ -57,7 +59,7 @@ def plain(place):
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
         calls = counted(patched)
-        return place / unlearn("plain", *PECKER), sum(calls)
+        return place / unlearn("plain", *PECKER, "--checkpointing_steps", "1"), sum(calls)
 
 
 def counted(monkeypatch):
@@ -76,14 +78,14 @@ def weights(folder):
 
 
 def assert_only_masked_weights_changed(base, out):
-    before, after, mask = weights(base), weights(out / "model"), BlockMask.load(out / "mask.safetensors")
+    before, after, mask = weights(base), weights(out / "model"), Delta.load(out / "delta").mask
     assert before.keys() == after.keys()
     changed = 0
     for name, tensor in before.items():
-        flags = mask.parameters[name].to_dense()
+        flags = mask.parameters[name].to_dense() if name in mask.parameters else torch.zeros_like(tensor).bool()
         assert torch.equal(after[name][~flags], tensor[~flags]) and after[name].dtype == tensor.dtype
         changed += int((after[name] != tensor).sum())
-    assert 0.5 * mask.numel < changed <= mask.numel
+    assert 0.4 * mask.numel < changed <= mask.numel
     return before, after
 
 
@@ -96,66 +98,55 @@ def images(folder, output_type="pt", **how):
 # -- a one-step generator --------------------------------------------------------------------------
 
 
-def assert_stock_diffusers_draws_what_we_draw(base, out):
-    one_step = {"num_inference_steps": 1, "guidance_scale": 0.0}
-    assert torch.equal(images(out / "model", **one_step), images(out / "model", **one_step))
-    folder = PipelineFolder.read(base)
-    predict = TextConditional(embed_prompts(folder, ["a cat"]), folder.prediction_type, folder.schedule())
-    ours = functools.partial(predict, folder.unet(weights(out / "model")))
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        latents = one_step_sample(ours, folder.schedule(), noise, torch.zeros(1, dtype=torch.int64), t_init=625)
-    theirs = images(out / "model", output_type="latent", **one_step)
-    torch.testing.assert_close(theirs, latents, rtol=1e-4, atol=1e-4)
-
-
-def test_a_one_step_generator_for_stock_diffusers(here, plain):
+def test_a_one_step_generator(here, plain):
     before, after = assert_only_masked_weights_changed(here / "epsilon", plain[0])
-    assert_stock_diffusers_draws_what_we_draw(here / "epsilon", plain[0])
+    drawn = [images(plain[0] / "model", num_inference_steps=1, guidance_scale=0.0) for _ in range(2)]
+    assert torch.equal(*drawn)
     Delta.load(plain[0] / "delta").revert(after, ledger=Ledger.load(plain[0] / "model/unet"), progress=False)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_frozen_weights_in_fewer_bits_stay_as_they_are_stored(here):
-    """bfloat16 while training, off a float32 folder: nothing but the masters comes back, and with all their bits."""
-    flags = (*PECKER, "--mixed_precision", "bf16", "--mask", "saliency", "--mask_batches", "1", "--mask_density", "0.1")
-    out = unlearn("bf16", *flags, "--generator_lr", "1e-5", base="v_prediction")
-    before, after = assert_only_masked_weights_changed(here / "v_prediction", out)
+def test_the_documented_python_runs_and_stock_diffusers_draws_what_we_draw(here):
+    """Of a velocity, trained in bfloat16 off a float32 folder."""
+    code = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)[1]
+    short = {"run(1000)": "run(1)", "density=0.1": 'kind="random"', '"sd15"': '"v_prediction"', '"out"': '"documented"'}
+    for before, after in short.items():
+        assert before in code
+        code = code.replace(before, after)
+    exec(compile(code, DOCUMENT, "exec"), {})
+    before, after = assert_only_masked_weights_changed(here / "v_prediction", here / "documented")
+    assert_no_bits_were_lost(before, after)
+
+    folder = PipelineFolder.read(here / "v_prediction")
+    predict = TextConditional(embed_prompts(folder, ["a cat"]), folder.prediction_type, folder.schedule())
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours, label = functools.partial(predict, folder.unet(after)), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        latents = one_step_sample(ours, folder.schedule(), noise, label, t_init=625)
+    theirs = images("documented/model", output_type="latent", num_inference_steps=1, guidance_scale=0.0)
+    torch.testing.assert_close(theirs, latents, rtol=1e-4, atol=1e-4)
+
+
+def assert_no_bits_were_lost(before, after):
+    """After few steps at 1e-6; a master that began with the bits of a bfloat16 alone is 5e-4 away."""
     steps = torch.cat([(after[name] - before[name]).flatten() for name in after]).abs()
-    assert 0 < float(steps.max()) < 1e-3  # a weight that lost bits on the way would have jumped
-    assert_stock_diffusers_draws_what_we_draw(here / "v_prediction", out)
+    assert 0 < float(steps.max()) < 1e-4
 
 
-def test_interrupted_and_resumed(here, plain, monkeypatch, capsys):
-    original = MaskedDistiller.step
-
-    def step(self):
-        losses = original(self)
-        if self.steps_done == 2:
-            raise KeyboardInterrupt
-        return losses
-
-    flags = (*PECKER, "--checkpointing_steps", "1")
-    with monkeypatch.context() as patched:
-        patched.setattr(MaskedDistiller, "step", step)
-        unlearn("resumed", *flags, code=130)
-    (here / "others.txt").write_text("a dog\nthe blue bird\n")  # as many labels as before
-    resume = (*flags, "--resume_from_checkpoint", "latest")
+def test_resumed_with_gradient_checkpointing(plain, monkeypatch, capsys):
+    """The same weights to the bit, out of more forwards: none of the networks is in training mode."""
+    folder, kept = plain
+    shutil.copytree(folder / "checkpoint-1", "resumed/checkpoint-1")
+    resume = (*PECKER, "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest")
+    Path("others.txt").write_text("a dog\nthe blue bird\n")  # as many labels as before
     unlearn("resumed", *resume, "--retain_prompts", "others.txt", code=2)
     assert "was saved with other prompts" in capsys.readouterr().err
-    ours, theirs = weights(unlearn("resumed", *resume) / "model"), weights(plain[0] / "model")
-    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert Path("resumed/metrics.jsonl").read_text() == (plain[0] / "metrics.jsonl").read_text()
-
-
-def test_gradient_checkpointing_computes_again_what_it_did_not_keep(plain, monkeypatch):
-    """In all three networks, though none of them is in training mode: the same weights out of more forwards."""
-    folder, kept = plain
     calls = counted(monkeypatch)
-    again = weights(unlearn("again", *PECKER, "--gradient_checkpointing") / "model")
-    assert all(torch.equal(again[name], tensor) for name, tensor in weights(folder / "model").items())
-    passes = 2 * 4  # steps; fake score, and then generator, fake and true score
-    assert sum(calls) == 2 * kept - passes > kept  # diffusers keeps the middle block's first ResNet
+    ours = weights(unlearn("resumed", *resume, "--gradient_checkpointing") / "model")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in weights(folder / "model").items())
+    assert Path("resumed/metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
+    passes = 4  # fake score; then generator, fake and true score
+    assert sum(calls) == 2 * kept // 2 - passes > kept // 2  # diffusers keeps the middle block's first ResNet
 
 
 def test_erasures_add_up_and_each_can_be_undone(here, plain, capsys):
@@ -163,7 +154,9 @@ def test_erasures_add_up_and_each_can_be_undone(here, plain, capsys):
     flags = (*PECKER, "--erase_concept", "photo", "--override_concept", "drawing", "--earlier", "plain")
     unlearn("second", *flags, code=2)
     assert "'a photo of photo'" not in capsys.readouterr().err
-    second = unlearn("second", *flags, "--forget_prompts", "photos.txt")
+    fine = ("--generator_lr", "1e-6", "--max_train_steps", "1", "--mixed_precision", "bf16")
+    second = unlearn("second", *flags, *fine, "--forget_prompts", "photos.txt")
+    assert_no_bits_were_lost(weights(plain[0] / "model"), weights(second / "model"))
     plan = json.loads((second / "prompts.json").read_text())
     assert [plan["texts"][label] for label in plan["forget"]][:2] == ["the photo", "cat"]  # which stays forgotten
     deltas = [Delta.load(folder / "delta") for folder in (plain[0], second)]
@@ -182,14 +175,14 @@ def assert_an_ordinary_pipeline(base, out):
     assert_only_masked_weights_changed(base, out)
     for file in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"):
         assert (out / "model" / file).read_bytes() == (base / file).read_bytes()
-    how = {"num_inference_steps": 2}
-    drawn = images(out / "model", **how)
-    assert torch.equal(drawn, images(out / "model", **how)) and not torch.equal(drawn, images(base, **how))
 
 
 def test_salun_on_latents_of_its_own(here):
-    flags = ("--num_inference_steps", "2", "--latents_per_prompt", "1", "--learning_rate", "1e-3")
-    assert_an_ordinary_pipeline(here / "epsilon", unlearn("salun", "--method", "salun", *flags))
+    Path("one.txt").write_text("a cat\n")
+    flags = ("--num_inference_steps", "2", "--latents_per_prompt", "2", "--learning_rate", "1e-3", "--mask", "saliency")
+    out = unlearn("salun", "--method", "salun", "--forget_prompts", "one.txt", "--train_batch_size", "4", *flags)
+    assert_an_ordinary_pipeline(here / "epsilon", out)
+    assert torch.equal(*(images(out / "model", num_inference_steps=1) for _ in range(2)))
 
 
 def test_esd_with_pictures_and_a_card(here):
