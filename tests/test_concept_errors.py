@@ -112,6 +112,8 @@ LONG = "a photo of a cat with an extraordinarily long name"
         (["--method", "sfd", "--mask_density", "0.1"], 2, "--mask_density: has no say in --method sfd"),
         (["--learning_rate", "1"], 2, "--learning_rate: has no say"),
         (["--train_method", "xattn", "--mask_region", "decoder"], 2, "--mask_region: cannot be given with"),
+        (["--train_method", "xattn", "--mask_density", "0.5"], 2, "--mask_region holds 0.0432 of the UNet's weights"),
+        (["--mask_region", "nowhere."], 2, "no weight's name begins with 'nowhere.'"),
         (["--negative_in", "true_score"], 2, "--negative_in: says where --negative_prompt has a say"),
         (["--guidance_scale", "1", "2"], 2, "--guidance_scale: expected one number, or three, got 2"),
         (["--t_max", "2000"], 2, "2000"),

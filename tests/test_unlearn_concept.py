@@ -15,8 +15,11 @@ from pipelines import write_pipeline
 
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
+from pecker_fast.commands.concept_job import Job
+from pecker_fast.commands.concept_training import sketch
 from pecker_fast.concepts import PipelineFolder, embed_prompts
 from pecker_fast.delta import Delta, Ledger
+from pecker_fast.parser import build_parser
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.score_model import TextConditional
 
@@ -215,3 +218,14 @@ def test_flags_are_settings(capsys):
     assert found["parameters"]["model"] == 203204 > found["parameters"]["active_at_most"] > 0
     assert "dry/model" in found["would_write"] and "dry/distill_config.json" in found["would_write"]
     assert not Path("dry").exists()
+
+
+@pytest.mark.parametrize("flags", [(*PECKER, "--fake_score_mask", "same"), ESD], ids=["pecker", "esd"])
+def test_a_sketch_has_all_but_the_weights(flags, monkeypatch):
+    source = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "out", *FLAGS)
+    job = Job.read(build_parser().parse_args(["unlearn", *source, *flags, "--mixed_precision", "bf16"]))
+    monkeypatch.setattr(PipelineFolder, "tensors", None)
+    trainer = sketch(job)
+    assert 0.9 * job.active_at_most < trainer.active.numel <= job.active_at_most
+    assert {name: tuple(weight.shape) for name, weight in trainer.true_score.state_dict().items()} == job.base.shapes
+    assert {weight.dtype for weight in trainer.true_score.parameters()} == {torch.bfloat16}

@@ -106,19 +106,12 @@ class Job:
         return training_dtype(self.options, self.device)
 
     @property
-    def parameters(self) -> int:
-        """Weights of the UNet."""
-        return sum(torch.Size(shape).numel() for shape in self.base.shapes.values())
-
-    @property
     def active_at_most(self) -> int:
         """Weights that train."""
         if self.mask is not None:
             return self.mask.numel
-        mask, region = self.config.mask, self.config.mask.region
-        names = [name for name in self.base.shapes if isinstance(region, str) or name.startswith(region)]
-        inside = sum(torch.Size(self.base.shapes[name]).numel() for name in names)
-        return inside if mask.kind == "dense" else min(inside, round(mask.density * self.parameters))
+        mask, held = self.config.mask, self.base.share_of(self.config.mask.region)
+        return round((held if mask.kind == "dense" else min(held, mask.density)) * self.base.parameters)
 
     def start_weights(self) -> tuple[dict[str, Tensor], Ledger]:
         """The weights that the UNet starts from, with the deltas of earlier erasures, and all that they carry.
@@ -132,11 +125,14 @@ class Job:
 
     def network(self, tensors: dict[str, Tensor]) -> nn.Module:
         """A UNet of these weights as it trains: in its dtype, on its device, perhaps with gradient checkpointing."""
-        unet: Any = self.base.unet(tensors, self.dtype)
+        return self.prepare(self.base.unet(tensors, self.dtype).to(self.device))
+
+    def prepare(self, unet: Any) -> nn.Module:
+        """Its memory format, and whether it computes activations again."""
         if self.options.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        placed: nn.Module = unet.to(self.device, memory_format=torch.channels_last)
-        return placed
+        network: nn.Module = unet.to(memory_format=torch.channels_last)
+        return network
 
     def check_mask(self) -> None:
         """Refuse a given mask of another network, or with weights that an earlier erasure changed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from pecker_fast.concepts.support import check_index, check_prediction, check_sa
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.one_step_scheduler import diffusers_library
+from pecker_fast.regions import Region, in_region
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import PREDICTION_TYPES
 
@@ -113,6 +115,19 @@ class PipelineFolder:
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise FileFormatError(f"{self.weights_file}: truncated or not a safetensors file ({error})") from error
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the UNet."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def share_of(self, region: Region) -> float:
+        """Share of the UNet's weights that lies in a region.
+
+        Raises:
+            ValueError: It has no such region.
+        """
+        return sum(math.prod(self.shapes[name]) for name in in_region(self.shapes, region)) / self.parameters
 
     @property
     def ledger(self) -> Ledger:
