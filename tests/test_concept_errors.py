@@ -4,8 +4,10 @@ import json
 import shutil
 
 import pytest
+from models import conv_net
 from pipelines import write_pipeline
 
+from pecker_fast import BlockMask
 from pecker_fast.cli import main
 from pecker_fast.concepts import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
@@ -119,12 +121,18 @@ LONG = "a photo of a cat with an extraordinarily long name"
         (["--t_max", "2000"], 2, "2000"),
         (["--earlier", "none"], 3, "none/delta"),
         (["--mask_path", "none.safetensors"], 3, "none.safetensors"),
+        (
+            ["--mask_path", "other.safetensors"],
+            3,
+            "other.safetensors: is for 0.weight of shape (16, 3, 3, 3), the",
+        ),
         (["--init_generator", "none"], 3, "none: no such folder"),
         (["--prompt_templates", "keep.txt"], 2, "has no {} for the concept"),
     ],
 )
 def test_flags_and_prompts(flags, code, text, here, capsys):
     (here / "empty.txt").write_text("# nothing\n")
+    BlockMask.random(conv_net(), 0.5, "row").save("other.safetensors")
     refused(capsys, code, text, *flags)
     assert not (here / "out").exists()
 

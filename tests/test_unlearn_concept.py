@@ -13,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from pipelines import write_pipeline
 
+from pecker_fast import BlockMask
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
 from pecker_fast.commands.concept_job import Job
@@ -218,6 +219,27 @@ def test_flags_are_settings(capsys):
     assert found["parameters"]["model"] == 203204 > found["parameters"]["active_at_most"] > 0
     assert "dry/model" in found["would_write"] and "dry/distill_config.json" in found["would_write"]
     assert not Path("dry").exists()
+
+
+def test_what_folders_and_files_say_is_a_setting(plain, capsys):
+    given = ("--mask_path", "plain/mask.safetensors", "--init_generator", "plain/model")
+    unlearn("dry", *PECKER, "--mask_density", "0.3", *given, "--dry_run", "--json")
+    found = json.loads(capsys.readouterr().out)
+    mask = BlockMask.load("plain/mask.safetensors")
+    assert found["parameters"]["active_at_most"] == mask.numel
+    assert (found["settings"]["mask"]["density"], found["settings"]["t_init"]) == (mask.density_asked, 625)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--init_generator", "plain/model", "--t_init", "500"), "the generator of plain/model starts at 625"),
+        (("--earlier", "plain"), "prompt 'cat' is forgotten already by plain"),
+    ],
+)
+def test_what_does_not_go_on_from_there(flags, text, plain, capsys):
+    unlearn("none", *PECKER, *flags, code=2)
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [(*PECKER, "--fake_score_mask", "same"), ESD], ids=["pecker", "esd"])

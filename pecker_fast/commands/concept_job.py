@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.apply import check_mask
 from pecker_fast.baselines import BaselineConfig
 from pecker_fast.commands.concept_settings import (
     baseline_config,
@@ -29,7 +28,6 @@ from pecker_fast.delta import Ledger
 from pecker_fast.delta.pack import overlaps
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
-from pecker_fast.maskable import survey
 
 
 @dataclass(frozen=True)
@@ -143,13 +141,17 @@ class Job:
         """
         if self.mask is None:
             return
-        path = self.options.mask_path
-        with torch.device("meta"):
-            unet = self.base.empty_unet()
-        try:
-            check_mask(unet, self.mask, survey(unet), adopted=())
-        except ValueError as error:
-            raise FileFormatError(f"{path}: does not fit the UNet of {self.base.path}: {error}") from error
+        path, shapes = self.options.mask_path, self.base.shapes
+        for name, parameter in self.mask.parameters.items():
+            if shapes.get(name) != parameter.grid.shape:
+                raise FileFormatError(
+                    f"{path}: is for {name} of shape {parameter.grid.shape}, the UNet of {self.base.path} has "
+                    f"{shapes.get(name, 'no such weight')}"
+                )
+        if self.mask.total != self.base.parameters:
+            raise FileFormatError(
+                f"{path}: is for {self.mask.total:,} weights, the UNet of {self.base.path} has {self.base.parameters:,}"
+            )
         for erasure in self.earlier:
             if names := overlaps(self.mask.parameters, erasure.delta.mask.parameters):
                 raise ValueError(f"{path}: has weights of {names[0]} that {erasure.folder} changed; make another one")
