@@ -30,7 +30,7 @@ class PipelineFolder:
     Attributes:
         folder: Where it is.
         image_size: Height and width of what it draws.
-        scheduler: Its scheduler's configuration.
+        scheduler: Its scheduler's configuration, as stored.
         one_step: Whether the scheduler is that of a one-step generator.
     """
 
@@ -40,13 +40,12 @@ class PipelineFolder:
     one_step: bool
 
     def describe(self) -> dict[str, Any]:
-        """What its images depend on, as plain JSON values; reads the UNet's weights once."""
+        """What its images depend on but for its scheduler, as plain JSON values; reads the UNet's weights once."""
         stem = _WEIGHTS["unet"]
         files = sorted((self.folder / "unet").glob(f"{stem}*.safetensors"))
         return {
             "folder": str(self.folder),
             "unet_sha256": {file.name: sha256_of(file) for file in files},
-            "scheduler": dict(self.scheduler),
             "one_step": self.one_step,
             "image_size": list(self.image_size),
             "safety_checker": "not used: it would black out what is measured",

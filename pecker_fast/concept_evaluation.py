@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -189,6 +190,8 @@ class _Drawing:
                     self.on_images(self.side, positions, pixels)
                 bar.update(len(positions))
         record = self.folder.describe() | asdict(sampling) | {"cut_prompts": cut_prompts(pipeline, prompts)}
+        # As it was run: a pipeline mends what it takes for mistakes in what is stored.
+        record["scheduler"] = json.loads(pipeline.scheduler.to_json_string())
         return columns, record | {"dtype": str(self.settings.dtype), "device": str(self.settings.device)}
 
 

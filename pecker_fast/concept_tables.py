@@ -132,7 +132,11 @@ def _compared(sides: Mapping[str, Columns], part: Values) -> dict[str, Any]:
     """Every measure before and after, and the change of the images."""
     before = sides.get("before", {})
     measures = {
-        name: {measure: _pair(before.get(name, {}).get(measure), column, part) for measure, column in found.items()}
+        name: {
+            measure: _pair(before.get(name, {}).get(measure), column, part)
+            for measure, column in found.items()
+            if not (column.share and np.isnan(column.values[part]).all())  # a share that says nothing of these images
+        }
         for name, found in sides["after"].items()
     }
     return {"measures": measures, CHANGE: _change_values(before[CHANGE], part) if CHANGE in before else None}
