@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,7 @@ def evaluate_concept(
         "version": 1,
         "model": records["after"],
         "original": records["before"],
+        "same_sampling": None if original is None else _sampled_alike(records["before"], records["after"]),
         "detectors": described,
         "sets": _sets(prompt_sets, sides),
         "versions": {name: metadata.version(name) for name in _PACKAGES},
@@ -193,6 +194,11 @@ class _Drawing:
         # As it was run: a pipeline mends what it takes for mistakes in what is stored.
         record["scheduler"] = json.loads(pipeline.scheduler.to_json_string())
         return columns, record | {"dtype": str(self.settings.dtype), "device": str(self.settings.device)}
+
+
+def _sampled_alike(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether images differ for the weights alone."""
+    return all(before[key] == after[key] for key in ("scheduler", *(field.name for field in fields(Sampling))))
 
 
 def _sets(prompt_sets: Mapping[str, PromptSet], sides: Mapping[str, Columns]) -> dict[str, Any]:

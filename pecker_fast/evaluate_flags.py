@@ -14,8 +14,9 @@ CLASS_ONLY = "forget_class train_data_dir data_format split num seed inception c
 """Flags that only mean something to models of classes."""
 PIPELINE_ONLY = (
     "original protocol prompts concept neighbour_concepts neighbour_prompts unrelated_prompts seeds max_prompts "
-    "num_inference_steps guidance_scale eval_batch_size dtype nudenet nudenet_threshold detector detector_threshold "
-    "clip_model judge_class neighbour_classes output_dir save_images".split()
+    "num_inference_steps guidance_scale eval_batch_size dtype nudenet nudenet_threshold nudenet_labels "
+    "nudenet_resolution detector detector_threshold clip_model judge_class neighbour_classes output_dir "
+    "save_images".split()
 )
 """Flags that only mean something to pipelines."""
 BUILT_IN = "320n"
@@ -93,6 +94,8 @@ def _detector_flags(group: Any) -> None:
     add = group.add_argument
     add("--nudenet", metavar="FILE", help=f"NudeNet 3: an ONNX file, or {BUILT_IN} for the one in its package")
     add("--nudenet_threshold", type=float, metavar="X", help="least score of a box (0.25)")
+    add("--nudenet_labels", nargs="+", metavar="LABEL", help="exposed parts that count (five; see NudeNet's)")
+    add("--nudenet_resolution", type=positive_int, metavar="N", help="of its network; 640m.onnx wants 640 (320)")
     add("--detector", nargs="+", metavar="PLACE", help="module:name or file.py:name; runs the code there")
     add("--detector_threshold", type=float, metavar="X", help="least probability of a function's that is seen (0.5)")
     add("--clip_model", type=Path, metavar="DIR", help="CLIP score by this model of transformers")

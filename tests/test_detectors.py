@@ -1,8 +1,10 @@
 """Detectors: what they make of images, what they say of themselves, and what stops them before anything is drawn."""
 
 import hashlib
+import re
 import sys
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +16,7 @@ from pecker_fast.detectors import DETECTORS, Classifier, Detector, External, Nud
 from pecker_fast.errors import FileFormatError, NonFiniteError
 from pecker_fast.models import DDPMUNet, DigitsClassifier
 from pecker_fast.prompt_files import EvaluationPrompt
+from pecker_fast.prompt_protocols import protocol_names, read_protocol
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 PROMPTS = [EvaluationPrompt("a cat", 0)] * 3
@@ -167,6 +170,31 @@ def test_what_is_no_detector_is_refused(faces, tmp_path):
 def test_what_is_no_probability_is_refused(given):
     with pytest.raises(ValueError, match="mine: expected 3 probabilities from 0 to 1"):
         External(lambda images: given, name="mine").measure(IMAGES, PROMPTS)
+
+
+def test_the_detector_of_the_docs(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "concept_evaluation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    (tmp_path / "redness.py").write_text(code)
+    detector = load_detector(f"{tmp_path / 'redness.py'}:Redness")
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[0, ..., 0] = 204
+    found = detector.measure(images, PROMPTS[:2])
+    assert found["seen"].tolist() == [True, False] and found["red"].tolist() == [0.8, 0.0]
+    assert detector.describe()["sha256"] == hashlib.sha256(code.encode()).hexdigest()
+
+
+def test_the_protocol_of_the_docs(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "concept_evaluation.md").read_text()
+    (code,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    (tmp_path / "mine.yaml").write_text(code)
+    assert len(read_protocol(tmp_path / "mine.yaml").prompts("cat")) == 20
+    rows = {line.split("|")[1].strip(): line.split("|")[2] for line in page.splitlines() if line.startswith("| `")}
+    for row, said in rows.items():
+        for name in set(re.findall(r"`(\w+)`", row)) & set(protocol_names()):
+            templates, seeds = map(int, re.findall(r"(\d+)", said))
+            protocol = read_protocol(name)
+            assert (len(protocol.templates), len(protocol.seeds)) == (templates, seeds)
 
 
 # -- a classifier ----------------------------------------------------------------------------------

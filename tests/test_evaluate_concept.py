@@ -159,12 +159,11 @@ def test_folders_that_cannot_be_drawn_from(folders, tmp_path, name, content, sai
 
 def test_an_unchanged_model_has_no_damage_and_a_changed_one_has(folders):
     detectors = {"bright": External(bright, threshold=0.5)}
-    results = {
-        name: evaluate_concept(
-            folders / name, SETS, detectors, original=folders / "original", settings=SETTINGS
-        ).values["sets"]
-        for name in ("original", "changed")
-    }
+    results = {}
+    for name in ("original", "changed"):
+        evaluation = evaluate_concept(folders / name, SETS, detectors, original=folders / "original", settings=SETTINGS)
+        assert evaluation.values["same_sampling"] is True
+        results[name] = evaluation.values["sets"]
     for name, found in results["original"].items():
         assert found["change"]["changed"] == {
             "n": found["images"],
@@ -234,6 +233,7 @@ def test_everything_that_a_number_depends_on_is_recorded(folders):
     assert model["scheduler"]["_class_name"] == "EulerDiscreteScheduler" and model["guidance_scale"] == 0
     assert before["scheduler"]["_class_name"] == "DDIMScheduler" and before["guidance_scale"] == 7.5
     assert model["unet_sha256"] != before["unet_sha256"] and model["cut_prompts"] == 0
+    assert values["same_sampling"] is False
     found = values["sets"]["concept"]
     assert (found["seeds"], found["source"], found["source_sha256"]) == ([0, 1], "here", "digest")
     assert len(found["drawn_sha256"]) == 64 != values["sets"]["neighbours"]["drawn_sha256"]

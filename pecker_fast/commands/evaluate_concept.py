@@ -15,7 +15,7 @@ from pecker_fast.checkpoint import atomic_folder, write_json
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.concept_pictures import GRID, ConceptPictures
 from pecker_fast.commands.concept_prompts import prompt_sets
-from pecker_fast.commands.source import torch_device
+from pecker_fast.commands.source import fields_of, torch_device
 from pecker_fast.concept_evaluation import ConceptEvaluation, DrawSettings, check_folders, evaluate_concept
 from pecker_fast.detectors import Classifier, ClipScore, Detector, NudeNet, load_detector
 from pecker_fast.evaluate_flags import BUILT_IN
@@ -69,6 +69,8 @@ def detectors(options: argparse.Namespace) -> dict[str, Detector]:
     """
     for flag, owner in (
         ("nudenet_threshold", "nudenet"),
+        ("nudenet_labels", "nudenet"),
+        ("nudenet_resolution", "nudenet"),
         ("detector_threshold", "detector"),
         ("judge_class", "judge"),
         ("neighbour_classes", "judge"),
@@ -80,8 +82,8 @@ def detectors(options: argparse.Namespace) -> dict[str, Detector]:
         raise ValueError("--judge_class: expected the class of --judge that the concept is")
     device, found = torch_device(options.device), dict[str, Detector]()
     if options.nudenet is not None:
-        threshold = {} if options.nudenet_threshold is None else {"threshold": options.nudenet_threshold}
-        found["nudenet"] = NudeNet(None if options.nudenet == BUILT_IN else options.nudenet, **threshold)
+        given = fields_of(options, {f"nudenet_{name}": name for name in ("threshold", "labels", "resolution")})
+        found["nudenet"] = NudeNet(None if options.nudenet == BUILT_IN else options.nudenet, **given)
     if options.judge is not None:
         found["judge"] = Classifier(options.judge, options.judge_class, device=device)
     for place in options.detector or ():
@@ -128,6 +130,8 @@ def _text(values: Mapping[str, Any]) -> str:
             lines += [f"  {concept}: {part['images']} images", *(f"  {line}" for line in _lines(part))]
     if values["original"] is None:
         lines.append("No --original: what was there before is unknown, and so is the damage.")
+    elif not values["same_sampling"]:
+        lines.append("The two were sampled in different ways, so that their images would differ even without erasing.")
     return "\n".join(lines)
 
 
