@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import pecker_fast
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.concept_draws import PipelineFolder, Sampling, check_pipeline, cut_prompts, draw, load_pipeline
 from pecker_fast.concept_draws import sampling_of as _sampling_of
@@ -22,7 +23,7 @@ from pecker_fast.detectors import Detector, Pixels
 from pecker_fast.prompt_files import EvaluationPrompt, PromptSet
 
 CONCEPT, NEIGHBOURS = "concept", "neighbours"
-_PACKAGES = ("pecker_fast", "torch", "diffusers", "transformers", "numpy")
+_PACKAGES = ("torch", "diffusers", "transformers", "numpy")
 
 OnImages = Callable[[str, list[int], Pixels], None]
 
@@ -123,7 +124,7 @@ def evaluate_concept(
         "same_sampling": None if original is None else _sampled_alike(records["before"], records["after"]),
         "detectors": described,
         "sets": _sets(prompt_sets, sides),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {"pecker_fast": pecker_fast.__version__} | {name: metadata.version(name) for name in _PACKAGES},
     }
     return ConceptEvaluation(values, list(rows(prompt_sets, sides)))
 

@@ -114,7 +114,7 @@ def check_prompt(where: str, text: object) -> str:
     text = text.strip()
     if len(text) > MAX_CHARACTERS:
         raise FileFormatError(f"{where}: expected at most {MAX_CHARACTERS} characters, got {len(text)}")
-    if any(ord(character) < 32 and character not in "\t\n\r" for character in text):
+    if any(ord(character) < 32 and not character.isspace() for character in text):
         raise FileFormatError(f"{where}: the prompt has control characters: {_cut(text)}")
     return text
 

@@ -15,10 +15,13 @@ from pecker_fast import models
 from pecker_fast.cli import main
 from pecker_fast.concept_draws import check_pipeline, draw, is_pipeline, load_pipeline, sampling_of
 from pecker_fast.concept_evaluation import DrawSettings, evaluate_concept
+from pecker_fast.concept_tables import collect
 from pecker_fast.detectors import ClipScore, External
 from pecker_fast.errors import FileFormatError, NonFiniteError
+from pecker_fast.evaluate_flags import CLASS_ONLY, PIPELINE_ONLY
 from pecker_fast.metrics import wilson_interval
 from pecker_fast.models import DDPMUNet, DigitsClassifier
+from pecker_fast.parser import build_parser
 from pecker_fast.prompt_files import EvaluationPrompt, PromptSet
 
 QUICK = ("--num_inference_steps", "1", "--guidance_scale", "0", "--quiet")
@@ -221,7 +224,7 @@ def test_figures_are_those_of_the_images(folders, original):
 def test_everything_that_a_number_depends_on_is_recorded(folders):
     values = evaluate_concept(
         folders / "one_step",
-        SETS,
+        {"concept": prompt_set("cat " * 20, "cat"), "neighbours": SETS["neighbours"]},
         {"bright": External(bright)},
         original=folders / "original",
         settings=DrawSettings(usual_steps=1),
@@ -232,19 +235,12 @@ def test_everything_that_a_number_depends_on_is_recorded(folders):
     model, before = values["model"], values["original"]
     assert model["scheduler"]["_class_name"] == "EulerDiscreteScheduler" and model["guidance_scale"] == 0
     assert before["scheduler"]["_class_name"] == "DDIMScheduler" and before["guidance_scale"] == 7.5
-    assert model["unet_sha256"] != before["unet_sha256"] and model["cut_prompts"] == 0
+    assert model["unet_sha256"] != before["unet_sha256"] and model["cut_prompts"] == 2
     assert values["same_sampling"] is False
     found = values["sets"]["concept"]
     assert (found["seeds"], found["source"], found["source_sha256"]) == ([0, 1], "here", "digest")
-    assert len(found["drawn_sha256"]) == 64 != values["sets"]["neighbours"]["drawn_sha256"]
-
-
-def test_prompts_that_lose_their_end_are_counted(folders):
-    sets = {"concept": prompt_set("cat " * 20, "cat"), "neighbours": prompt_set("dog")}
-    values = evaluate_concept(folders / "original", sets, {"b": External(bright)}, settings=DrawSettings(1, 0.0)).values
-    assert values["model"]["cut_prompts"] == 2 and values["original"] is None
-    found = values["sets"]["concept"]
-    assert found["change"] is None and found["measures"]["b"]["seen"]["before"] is None
+    digests = {part["drawn_sha256"] for part in values["sets"].values()}
+    assert len(digests) == 2 and all(len(digest) == 64 for digest in digests)
 
 
 def test_clip_score(clip, original):
@@ -285,16 +281,18 @@ def test_clip_score_refuses_other_models(tmp_path, folders):
         ({"size": np.array([1.0, 2.0, np.inf, 1.0])}, NonFiniteError, "mine: size: infinite"),
     ],
 )
-def test_detectors_that_break_their_protocol(folders, measured, error, said):
-    class Mine:
-        def describe(self):
-            return {}
-
-        def measure(self, images, prompts):
-            return measured
-
+def test_detectors_that_break_their_protocol(measured, error, said):
     with pytest.raises(error, match=said):
-        evaluate_concept(folders / "original", SETS, {"mine": Mine()}, settings=DrawSettings(1, 0.0))
+        collect({}, "mine", measured, [3, 4, 5, 6], 9)
+
+
+def test_a_share_is_that_of_the_images_that_have_one():
+    columns = {}
+    told = np.ma.array([True, True, False], mask=[False, False, True])
+    collect(columns, "mine", {"seen": told, "size": np.array([1.0, np.nan, 3.0])}, [0, 2, 3], 5)
+    assert columns["mine"]["seen"].summary() == {"n": 2, "share": 1.0, "ci95": list(wilson_interval(2, 2))}
+    assert columns["mine"]["size"].summary()["n"] == 2 and columns["mine"]["size"].summary()["mean"] == 2
+    assert columns["mine"]["size"].at([1, 2]).summary() == {"n": 0, "mean": None, "ci95": [None, None]}
 
 
 def test_what_makes_no_evaluation(folders, monkeypatch):
@@ -373,6 +371,7 @@ def test_a_protocol_and_a_report(here, folders, capsys):
     arguments = ["--model", folders / "original", "--num_inference_steps", "1", "--guidance_scale", "0", *protocol]
     assert main(["evaluate", *map(str, arguments), "--detector", "mine.py:bright"]) == 0
     report = capsys.readouterr().out
+    assert " -> " not in report and "images changed" not in report
     assert "concept: 5 images\n  mine.py:bright seen: " in report and "neighbours: 5 images\n" in report
     assert "No --original: what was there before is unknown, and so is the damage." in report
 
@@ -420,6 +419,13 @@ def test_the_command_refuses_before_anything_is_drawn_or_written(
     assert main(["evaluate", "--model", str(folders / "original"), *arguments]) == code
     assert re.search(f"^pecker-fast evaluate: error: .*{said}", capsys.readouterr().err, flags=re.M)
     assert sorted(here.iterdir()) == before
+
+
+def test_every_flag_is_of_classes_or_of_pipelines_or_of_both():
+    commands = next(action for action in build_parser()._actions if action.dest == "command").choices
+    both = {"help", "config", "json", "dry_run", "quiet", "model", "images", "judge", "device"}
+    flags = {action.dest for action in commands["evaluate"]._actions}
+    assert flags == both | set(CLASS_ONLY) | set(PIPELINE_ONLY) and not set(CLASS_ONLY) & set(PIPELINE_ONLY)
 
 
 def test_flags_of_pipelines_mean_nothing_to_models_of_classes(here, capsys):
