@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,26 +119,22 @@ def load_pipeline(pipeline: PipelineFolder, device: torch.device | str, dtype: t
 
     Raises:
         FileFormatError: It cannot be loaded.
-        ImportError: diffusers is not installed.
+        ImportError: diffusers or transformers is not installed.
     """
-    try:
-        from diffusers import StableDiffusionPipeline
-    except ImportError as error:
-        raise ImportError(f"drawing needs diffusers ({error}); run: pip install pecker_fast[diffusers]") from error
-    with _no_bars():
+    diffusers, _ = _libraries()
+    with quiet_libraries():
         try:
-            loaded = StableDiffusionPipeline.from_pretrained(
+            loaded = diffusers.StableDiffusionPipeline.from_pretrained(
                 pipeline.folder,
                 local_files_only=True,
                 use_safetensors=True,
                 safety_checker=None,
                 requires_safety_checker=False,
-                torch_dtype=dtype,
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise FileFormatError(f"{pipeline.folder}: cannot be loaded: {error}") from error
     loaded.set_progress_bar_config(disable=True)
-    return loaded.to(device)
+    return loaded.to(device=device, dtype=dtype)
 
 
 def draw(
@@ -171,12 +168,41 @@ def draw(
         yield positions, np.clip(np.rint(images * 255), 0, 255).astype(np.uint8)
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep diffusers and transformers from a bar a component, and a line for each prompt that is cut.
+
+    Raises:
+        ImportError: One of them is not installed.
+    """
+    libraries = [library.utils.logging for library in _libraries()]
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
 def cut_prompts(pipeline: Any, prompts: Sequence[EvaluationPrompt]) -> int:
     """How many prompts are longer than the tokenizer's limit, and lose their end."""
     tokenizer = pipeline.tokenizer
     texts = list({prompt.text for prompt in prompts})
-    lengths = dict(zip(texts, map(len, tokenizer(texts, verbose=False)["input_ids"]), strict=True))
+    lengths = dict(zip(texts, map(len, tokenizer(texts)["input_ids"]), strict=True))
     return sum(lengths[prompt.text] > tokenizer.model_max_length for prompt in prompts)
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("diffusers"), importlib.import_module("transformers")
+    except ImportError as error:
+        message = f"drawing needs diffusers and transformers ({error}); run: pip install pecker_fast[diffusers]"
+        raise ImportError(message) from error
 
 
 def _batches(guidances: Sequence[float], size: int) -> Iterator[tuple[list[int], float]]:
@@ -213,20 +239,3 @@ def _is_one_step(scheduler: Mapping[str, Any]) -> bool:
     """One step of Euler from the end of a schedule that was cut off at the generator's timestep."""
     euler = scheduler.get("_class_name") == "EulerDiscreteScheduler" and scheduler.get("timestep_spacing") == "trailing"
     return euler and scheduler.get("trained_betas") is not None
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Loading shows a bar a component; a drawing that takes an hour has one of its own."""
-    import diffusers
-    import transformers
-
-    libraries = [diffusers.utils.logging, transformers.utils.logging]
-    shown = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()

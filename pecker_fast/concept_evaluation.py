@@ -16,7 +16,15 @@ from tqdm import tqdm
 
 import pecker_fast
 from pecker_fast.checkpoint import StrPath
-from pecker_fast.concept_draws import PipelineFolder, Sampling, check_pipeline, cut_prompts, draw, load_pipeline
+from pecker_fast.concept_draws import (
+    PipelineFolder,
+    Sampling,
+    check_pipeline,
+    cut_prompts,
+    draw,
+    load_pipeline,
+    quiet_libraries,
+)
 from pecker_fast.concept_draws import sampling_of as _sampling_of
 from pecker_fast.concept_tables import CHANGE, Columns, change, collect, rows, set_values
 from pecker_fast.detectors import Detector, Pixels
@@ -114,7 +122,8 @@ def evaluate_concept(
         images = np.lib.format.open_memmap(Path(scratch) / "images.npy", "w+", np.uint8, shape)
         for side, folder in folders.items():
             drawing = _Drawing(side, folder, settings, detectors, on_images)
-            sides[side], records[side] = drawing.measure(prompts, images)
+            with quiet_libraries():
+                sides[side], records[side] = drawing.measure(prompts, images)
         del images  # some systems remove no file that is mapped
     values = {
         "format": "pecker_fast.concept_evaluation",

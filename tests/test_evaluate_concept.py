@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 
 import numpy as np
 import pipelines
 import pytest
 import torch
+import transformers
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -117,6 +119,15 @@ def test_a_one_step_generator_is_drawn_in_one_step_whatever_the_files_say(folder
     for folder in (one, many):
         sampling = sampling_of(folder, steps=3, guidance=2.0, usual_steps=20)
         assert (sampling.num_inference_steps, sampling.guidance_of(asked)) == (3, 2.0)
+
+
+def test_loading_casts_every_part_and_names_the_extra(folders, monkeypatch):
+    folder = check_pipeline(folders / "original")
+    loaded = load_pipeline(folder, "cpu", torch.bfloat16)
+    assert {part.dtype for part in (loaded.unet, loaded.vae, loaded.text_encoder)} == {torch.bfloat16}
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ImportError, match=r"pip install pecker_fast\[diffusers\]"):
+        load_pipeline(folder, "cpu", torch.float32)
 
 
 def test_nan_is_not_taken_for_an_image(folders):
@@ -360,6 +371,8 @@ def test_the_command_writes_results_rows_and_pictures(here, folders, capsys):
         ("bird", 1),
     ]
     image = np.asarray(Image.open(here / "out" / "images" / "after" / "concept-00001.png"))
+    grid = np.asarray(Image.open(here / "out" / "before_after.png").resize((4 * 17 - 1, 6 * 17 - 1), Image.NEAREST))
+    assert np.array_equal(grid[17:33, 17:33], image) and np.all(grid[:33, 34:] == 255)  # its set has two images
     assert rows[1]["after"]["mine.py:bright"]["probability"] == pytest.approx(float(bright(image[None])[0]))
     neighbours = values["sets"]["neighbours"]["measures"]["judge"]
     assert neighbours["correct"]["after"]["n"] == 4 and "correct" not in values["sets"]["concept"]["measures"]["judge"]
@@ -369,8 +382,11 @@ def test_the_command_writes_results_rows_and_pictures(here, folders, capsys):
 def test_a_protocol_and_a_report(here, folders, capsys):
     protocol = ["--protocol", "short", "--concept", "cat", "--neighbour_concepts", "dog", "--seeds", "1"]
     arguments = ["--model", folders / "original", "--num_inference_steps", "1", "--guidance_scale", "0", *protocol]
+    level = transformers.utils.logging.get_verbosity()
     assert main(["evaluate", *map(str, arguments), "--detector", "mine.py:bright"]) == 0
-    report = capsys.readouterr().out
+    report, progress = capsys.readouterr()
+    assert "Images after: 100%" in progress and "token" not in progress.lower()  # prompts are cut, and counted
+    assert transformers.utils.logging.get_verbosity() == level
     assert " -> " not in report and "images changed" not in report
     assert "concept: 5 images\n  mine.py:bright seen: " in report and "neighbours: 5 images\n" in report
     assert "No --original: what was there before is unknown, and so is the damage." in report

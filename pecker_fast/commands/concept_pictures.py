@@ -33,11 +33,11 @@ class ConceptPictures:
         self._folder, self._save = folder, save_images
         counts = {name: len(chosen.prompts) for name, chosen in prompt_sets.items()}
         self._names = [f"{name}-{index:05d}.png" for name, count in counts.items() for index in range(count)]
-        columns, start, rows = min(_COLUMNS, max(counts.values())), 0, []
+        self._rows: list[list[int]] = []
+        start = 0
         for count in counts.values():
-            rows.append((start + np.linspace(0, count - 1, columns).astype(int)).tolist())
+            self._rows.append((start + np.linspace(0, count - 1, min(_COLUMNS, count)).astype(int)).tolist())
             start += count
-        self._rows = rows
         self._kept: dict[str, dict[int, Pixels]] = {}
 
     def add(self, side: str, positions: list[int], images: Pixels) -> None:
@@ -60,6 +60,11 @@ class ConceptPictures:
             FileFormatError: It cannot be written.
         """
         sides = [side for side in ("before", "after") if side in self._kept]
-        shown = [self._kept[side][position] for row in self._rows for side in sides for position in row]
+        columns = max(map(len, self._rows))
+        shown: list[Pixels] = []
+        for row in self._rows:
+            for side in sides:
+                found = [self._kept[side][position] for position in row]
+                shown += found + [np.full_like(found[0], 255)] * (columns - len(row))
         images = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        write_images(self._folder / GRID, images, torch.zeros(len(shown)), len(self._rows[0]))
+        write_images(self._folder / GRID, images, torch.zeros(len(shown)), columns)
