@@ -31,8 +31,8 @@ def evaluate_command(commands: Any) -> None:
         "judge a model or its images",
         "pecker-fast evaluate --model out/model --forget_class 3\n"
         "  pecker-fast evaluate --model out/model --forget_class 0 --judge judge --train_data_dir shapes\n"
-        "  pecker-fast evaluate --model out/model --original sd --protocol celebrity --concept 'a b' --neighbour_concepts "
-        "'c d' 'e f' --detector faces.py:probability --output_dir runs/evaluation",
+        "  pecker-fast evaluate --model out/model --original sd --protocol celebrity --concept 'a b' "
+        "--neighbour_concepts 'c d' 'e f' --detector faces.py:probability --output_dir runs/evaluation",
     )
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument(
