@@ -12,6 +12,8 @@ from pecker_fast.cli import main
 from pecker_fast.concepts import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
 
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
@@ -55,6 +57,8 @@ def change(file, **values):
         ("unet/config.json", {"num_class_embeds": 1000}, "num_class_embeds is 1000"),
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels and gives 4: it is for inpainting"),
         ("unet/config.json", {"sample_size": None}, "sample_size is None"),
+        ("unet/config.json", {"layers_per_block": 2}, "does not fit config.json: down_blocks.0.attentions.1"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "has no model_max_length"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type is 'sample'; expected eps"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1], "timestep_spacing": "trailing"}, "--init_gen"),
     ],
@@ -84,6 +88,7 @@ def test_pipelines_that_are_not_supported(file, values, text, here, capsys):
             ),
             "only diffusion_pytorch_model.fp16.safetensors; copy the folder",
         ),
+        (lambda base: (base / UNET).write_bytes((base / UNET).read_bytes()[:1000]), "truncated or not a safetensors"),
         (lambda base: (base / "text_encoder/model.safetensors").unlink(), "text_encoder: has no safetensors file"),
     ],
 )

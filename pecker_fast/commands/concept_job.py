@@ -68,6 +68,7 @@ class Job:
                 f"{base.path}: is a one-step generator; name the diffusion model, and this with --init_generator"
             )
         start = base if options.init_generator is None else _generator(options, base)
+        base.check_weights()
         erasure = read_erasure(options)
         plan = read_plan(options, erasure)
         earlier = tuple(EarlierErasure.read(folder) for folder in options.earlier or ())
