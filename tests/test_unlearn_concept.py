@@ -13,7 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from pipelines import write_pipeline
 
-from pecker_fast import BlockMask
+from pecker_fast import BlockMask, distill_masks
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
 from pecker_fast.commands.concept_job import Job
@@ -242,11 +242,12 @@ def test_what_does_not_go_on_from_there(flags, text, plain, capsys):
     assert text in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [(*PECKER, "--fake_score_mask", "same"), ESD], ids=["pecker", "esd"])
+@pytest.mark.parametrize("flags", [(*PECKER, "--mask", "saliency"), ESD], ids=["pecker", "esd"])
 def test_a_sketch_has_all_but_the_weights(flags, monkeypatch):
     source = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "out", *FLAGS)
     job = Job.read(build_parser().parse_args(["unlearn", *source, *flags, "--mixed_precision", "bf16"]))
     monkeypatch.setattr(PipelineFolder, "tensors", None)
+    monkeypatch.setattr(distill_masks, "compute_saliency", None)
     trainer = sketch(job)
     assert 0.9 * job.active_at_most < trainer.active.numel <= job.active_at_most
     assert {name: tuple(weight.shape) for name, weight in trainer.true_score.state_dict().items()} == job.base.shapes

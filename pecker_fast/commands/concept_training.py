@@ -22,6 +22,7 @@ from pecker_fast.config import DistillConfig
 from pecker_fast.data import ImageData
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.mask import BlockMask
+from pecker_fast.mask_config import MaskConfig
 from pecker_fast.score_model import TextConditional
 from pecker_fast.step_metrics import check_finite
 
@@ -69,19 +70,19 @@ def sketch(job: Job) -> MaskedDistiller | Baseline:
     table = torch.zeros(len(job.plan.rows), tokens, width)
     predict, schedule = TextConditional(table, job.base.prediction_type, job.base.schedule()), job.base.schedule()
     config = job.config
-    trainer: MaskedDistiller | Baseline
+    mask = job.mask or _stand_in(config.mask, unet)
     if isinstance(config, DistillConfig):
-        trainer = MaskedDistiller(unet, schedule, config, predict=predict)
-    else:
-        labels = torch.tensor([*job.plan.forget, *job.plan.retain])
-        data = ImageData(torch.zeros(len(labels), *config.sample_shape), labels, job.plan.texts)
-        trainer = Baseline(unet, schedule, config, data=data, predict=predict)
-    trainer.use_mask(job.mask or _stand_in(job, unet))
-    return trainer
+        distiller = MaskedDistiller(unet, schedule, config, predict=predict)
+        distiller.use_mask(mask, _stand_in(config.mask_of_fake_score, unet))
+        return distiller
+    labels = torch.tensor([*job.plan.forget, *job.plan.retain])
+    data = ImageData(torch.zeros(len(labels), *config.sample_shape), labels, job.plan.texts)
+    baseline = Baseline(unet, schedule, config, data=data, predict=predict)
+    baseline.use_mask(mask)
+    return baseline
 
 
-def _stand_in(job: Job, unet: nn.Module) -> BlockMask:
-    mask = job.config.mask
+def _stand_in(mask: MaskConfig, unet: nn.Module) -> BlockMask:
     if mask.kind == "dense":
         return BlockMask.dense(unet, mask.region)
     return BlockMask.random(unet, mask.density, mask.block, region=mask.region)
