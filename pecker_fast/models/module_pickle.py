@@ -26,7 +26,9 @@ _ROLES = {
     "torch device": "device",
     "collections OrderedDict": "dict",
     "builtins set": "set",
+    **{f"{module} {system}Path": "path" for module in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")},
 }
+"""Paths are what diffusers notes down as the folder that a model came from."""
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _PACKAGES = ("torch.nn.", "diffusers.")
 _T = TypeVar("_T")
@@ -137,8 +139,8 @@ class _ModuleMachine(PickleMachine):
                 return tensor
             case "size", (tuple(size),) | (list(size),):
                 return tuple(size)
-            case "device", (str(), *_):
-                return None
+            case "device" | "path", tuple():
+                return Inert(function.full)
             case "set", (list(items),):
                 return self._texts(items)
         self.refuse(f"a call of {self._shown(function)} that a network of torch.nn or diffusers is not pickled with")
