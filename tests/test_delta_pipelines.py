@@ -14,6 +14,8 @@ from test_delta import halves, moved, same
 from pecker_fast import Delta
 from pecker_fast.cli import main
 from pecker_fast.models.one_step_scheduler import one_step_scheduler
+from pecker_fast.models.pipeline_files import SCHEDULER
+from pecker_fast.models.pipeline_scheduler import PipelineScheduler
 from pecker_fast.models.storage import WEIGHTS_NAME
 from pecker_fast.schedule import NoiseSchedule
 
@@ -56,7 +58,9 @@ def _pad_header(file):
 def _one_step(pipeline):
     """Another scheduler, as unlearning into one step leaves it."""
     schedule = NoiseSchedule.scaled_linear()
-    one_step_scheduler(schedule, 625).save_pretrained(pipeline / "scheduler")
+    scheduler = one_step_scheduler(schedule, 625)
+    scheduler.save_pretrained(pipeline / "scheduler")
+    assert PipelineScheduler.of(scheduler).config == (pipeline / SCHEDULER).read_text()
     index = (pipeline / "model_index.json").read_text()
     (pipeline / "model_index.json").write_text(index.replace("DDIMScheduler", "EulerDiscreteScheduler"))
 
@@ -143,11 +147,14 @@ def test_a_scheduler_of_ones_own_is_never_lost(here, capsys):
     assert (here / "back" / "scheduler" / "scheduler_config.json").read_text() == own
 
 
-def test_a_one_step_delta_that_does_not_know_its_scheduler(here, capsys):
+@pytest.mark.parametrize(
+    "metadata", [{"generation": {"kind": "one_step", "t_init": 625}}, {"one_step": True, "t_init": 625}]
+)
+def test_a_one_step_delta_that_does_not_know_its_scheduler(metadata, here, capsys):
     """As the erasure of a one-step generator leaves it: fine for that generator's folder, refused for a teacher's."""
     extract("a")
     known = Delta.load("da")
-    known.metadata["generation"] = {"kind": "one_step", "t_init": 625}
+    known.metadata.update(metadata)
     known.save("da")
     assert switch("apply", "base", ["da"], "edited") == 3
     assert "draws in one step from timestep 625, and the pipeline has DDIMScheduler" in _error(capsys, "delta")

@@ -26,8 +26,8 @@ def _extract(options: argparse.Namespace) -> Outcome:
     before, after = ModelFolder.read(options.before), ModelFolder.read(options.after)
     mask = BlockMask.load(options.mask_path)
     name = options.name or options.output_dir.name
-    both = before.pipeline is not None and after.pipeline is not None
-    metadata = scheduler_change(options.before, options.after) if both else {}
+    old, new = before.scheduler, after.scheduler
+    metadata = {} if old is None or new is None else scheduler_change(old, new)
     given = {"name": name, "metadata": metadata, "ledger": before.ledger, "progress": not options.quiet}
     try:
         delta = Delta.extract(before.weights, after.weights, mask, **given)

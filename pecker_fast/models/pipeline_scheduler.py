@@ -48,6 +48,11 @@ class PipelineScheduler:
         return found
 
     @classmethod
+    def of(cls, scheduler: Any) -> PipelineScheduler:
+        """A scheduler of diffusers, as its ``save_pretrained`` writes it."""
+        return cls("diffusers", type(scheduler).__name__, scheduler.to_json_string())
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PipelineScheduler:
         """From ``to_dict``.
 
@@ -95,14 +100,9 @@ class PipelineScheduler:
             raise FileFormatError(f"{pipeline}: cannot be written ({error.strerror})") from error
 
 
-def scheduler_change(before: Path, after: Path) -> dict[str, Any]:
-    """What a delta from one pipeline folder to another keeps in its metadata; empty where both sample alike.
-
-    Raises:
-        FileFormatError: As ``PipelineScheduler.read``.
-    """
-    old, new = PipelineScheduler.read(before), PipelineScheduler.read(after)
-    return {} if old.same_as(new) else {METADATA: {"before": old.to_dict(), "after": new.to_dict()}}
+def scheduler_change(before: PipelineScheduler, after: PipelineScheduler) -> dict[str, Any]:
+    """What a delta from one pipeline to another keeps in its metadata; empty where both sample alike."""
+    return {} if before.same_as(after) else {METADATA: {"before": before.to_dict(), "after": after.to_dict()}}
 
 
 def switched(current: PipelineScheduler, metadata: Mapping[str, Any], applied: bool) -> PipelineScheduler:
@@ -133,16 +133,21 @@ def switched(current: PipelineScheduler, metadata: Mapping[str, Any], applied: b
 
 
 def _check_one_step(current: PipelineScheduler, metadata: Mapping[str, Any]) -> None:
-    generation = metadata.get("generation")
-    if not isinstance(generation, Mapping) or generation.get("kind") != "one_step":
-        return
-    t_init = generation.get("t_init")
-    if not isinstance(t_init, int) or not current.is_one_step(t_init):
+    one_step, t_init = _generation(metadata)
+    if one_step and not (isinstance(t_init, int) and current.is_one_step(t_init)):
         raise ValueError(
             f"the delta makes a generator that draws in one step from timestep {t_init}, and the pipeline has "
             f"{_described(current)}, with which it would draw noise; extract the delta from two pipeline folders: it "
             f"takes the scheduler along then"
         )
+
+
+def _generation(metadata: Mapping[str, Any]) -> tuple[bool, Any]:
+    """Whether the result draws in one step, and from which timestep."""
+    generation = metadata.get("generation")
+    if isinstance(generation, Mapping):
+        return generation.get("kind") == "one_step", generation.get("t_init")
+    return metadata.get("one_step") is True, metadata.get("t_init")
 
 
 def _described(scheduler: PipelineScheduler) -> str:
