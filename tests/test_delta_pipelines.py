@@ -10,6 +10,7 @@ from pipelines import write_pipeline
 from safetensors.torch import load_file
 from test_cli import _error
 from test_delta import halves, moved, same
+from test_sid_lsg import SMALL
 
 from pecker_fast import Delta
 from pecker_fast.cli import main
@@ -25,25 +26,27 @@ WEIGHTS = f"unet/{WEIGHTS_NAME}"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Pipelines base, after_a and after_b, the latter two changed under masks without a block in common."""
+    """Pipelines base, after_a and after_b, the latter two changed under masks without a block in common, and deltas."""
     root = tmp_path_factory.mktemp("pipelines")
     base = write_pipeline(root / "base")
     (base / "README.md").write_text("a card")
+    unet = UNet2DConditionModel(**SMALL)
+    unet.save_pretrained(base / "unet")
     _pad_header(base / WEIGHTS)
-    unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    for name, mask in zip("ab", halves(unet), strict=True):
-        mask.save(root / f"{name}.safetensors")
-        shutil.copytree(base, root / f"after_{name}")
-        moved(unet, mask).save_pretrained(root / f"after_{name}" / "unet")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(root)
+        for name, mask in zip("ab", halves(unet), strict=True):
+            mask.save(f"{name}.safetensors")
+            shutil.copytree("base", f"after_{name}")
+            moved(unet, mask).save_pretrained(f"after_{name}/unet")
+            extract(name)
     return root
 
 
 @pytest.fixture
 def here(folders, tmp_path, monkeypatch):
-    for name in ("base", "after_a", "after_b"):
-        shutil.copytree(folders / name, tmp_path / name)
-    for name in "ab":
-        shutil.copy(folders / f"{name}.safetensors", tmp_path)
+    """A copy of it to work in."""
+    shutil.copytree(folders, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -91,7 +94,6 @@ def same_but_ours(one, other):
 
 
 def test_applied_and_reverted_bit_for_bit(here):
-    extract("a")
     before = hashes(here / "base")
     assert switch("apply", "base", ["da"], "edited") == 0
     assert hashes(here / "base") == before
@@ -107,8 +109,6 @@ def test_applied_and_reverted_bit_for_bit(here):
 
 
 def test_two_deltas_in_any_order(here):
-    extract("a")
-    extract("b")
     assert switch("apply", "base", ["da", "db"], "ab") == 0
     assert switch("apply", "base", ["db", "da"], "ba") == 0
     assert same_but_ours(here / "ab", here / "ba")
@@ -152,7 +152,6 @@ def test_a_scheduler_of_ones_own_is_never_lost(here, capsys):
 )
 def test_a_one_step_delta_that_does_not_know_its_scheduler(metadata, here, capsys):
     """As the erasure of a one-step generator leaves it: fine for that generator's folder, refused for a teacher's."""
-    extract("a")
     known = Delta.load("da")
     known.metadata.update(metadata)
     known.save("da")
@@ -165,7 +164,6 @@ def test_a_one_step_delta_that_does_not_know_its_scheduler(metadata, here, capsy
 
 
 def test_a_variant_alone_is_the_model(here):
-    extract("a")
     for folder in ("base", "after_a"):
         (here / folder / WEIGHTS).rename(here / folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     assert switch("apply", "base", ["da"], "edited") == 0
@@ -208,7 +206,6 @@ def _no_scheduler(base):
     ],
 )
 def test_what_does_not_fit_is_refused(damage, text, here, capsys):
-    extract("a")
     damage(here / "base")
     assert switch("apply", "base", ["da"], "edited") == 3
     assert text in _error(capsys, "delta")
@@ -216,7 +213,6 @@ def test_what_does_not_fit_is_refused(damage, text, here, capsys):
 
 
 def test_other_copies_of_the_weights_are_not_lost_in_place(here, capsys):
-    extract("a")
     (here / "base" / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"of the base")
     before = hashes(here / "base")
     assert switch("apply", "base", ["da"], "base") == 3

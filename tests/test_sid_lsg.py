@@ -16,6 +16,17 @@ from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import TextConditional
 
 T_INIT = 625
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "mid_block_type": None,
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
 
 
 @pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
@@ -25,7 +36,9 @@ def base(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    return write_pipeline(tmp_path_factory.mktemp("stock") / "base")
+    folder = write_pipeline(tmp_path_factory.mktemp("stock") / "base")
+    UNet2DConditionModel(**SMALL).save_pretrained(folder / "unet")
+    return folder
 
 
 def _generator(base):
