@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import struct
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -134,6 +135,43 @@ def test_headers_that_claim_more_than_the_file_has(tmp_path, monkeypatch):
         assert "bytes of numbers; expected" in message or "than a storage of numbers" in message
 
 
+def _pickles(*values):
+    return b"".join(pickle.dumps(value, protocol=2) for value in values)
+
+
+def test_storages_that_are_none(tmp_path, monkeypatch):
+    """As torch's, but the description is a tuple of the file's own making, or the machine another one."""
+    magic, little = (0x1950A86A20F9469CFC6C, 1001), {"little_endian": True}
+    for raw in (
+        _pickles(*magic, little, ("storage", "k", 2), ["k"]) + b"\x02" + bytes(11),
+        _pickles(*magic, little, ("k", "k"), ["k"]) + bytes(8),
+        _pickles(*magic, {"little_endian": False}, 1, 2) + bytes(8),
+        _pickles(*magic, 1, 2, 3),
+        _pickles(1, 2),
+    ):
+        content = {"ema": _Calls(torch.storage._load_from_bytes, (raw,))}
+        _refused(tmp_path, monkeypatch, pickle.dumps(content))
+
+
+def test_tensors_that_are_none(tmp_path, monkeypatch):
+    storage = torch.zeros(6).untyped_storage()
+    typed = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
+    for offset, size, stride in (
+        (0, (7,), (1,)),
+        (1, (2, 3), (3, 1)),
+        (-1, (2,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (7,), (0,)),
+        (0, (2, 3), (3,)),
+        (0, (1 << 30, 1 << 30, 0), (0, 0, 0)),
+        (0, (2.0,), (1,)),
+        (0, (1,) * 9, (1,) * 9),
+    ):
+        tensor = _Calls(torch._utils._rebuild_tensor_v2, (typed, offset, size, stride, False, OrderedDict()))
+        message = _refused(tmp_path, monkeypatch, pickle.dumps({"ema": tensor}))
+        assert "a tensor whose shape does not fit its numbers" in message
+
+
 def test_networks_within_networks_end(tmp_path, monkeypatch):
     """A module that is its own child, and children that are shared, so that they are 2^40."""
     itself = nn.Module()
@@ -144,7 +182,16 @@ def test_networks_within_networks_end(tmp_path, monkeypatch):
         shared.a = shared.b = child
     for network in (itself, shared):
         message = _refused(tmp_path, monkeypatch, pickle.dumps({"ema": network}))
-        assert "modules within one another, or 20000 in all" in message
+        assert "modules within one another, 20000 modules or 100000 tensors" in message
+
+
+def test_wide_networks_end(tmp_path, monkeypatch):
+    """A layer with many weights that stands in many places."""
+    layer, network = nn.Module(), nn.Module()
+    layer._parameters = dict.fromkeys(map(str, range(400)), nn.Parameter(torch.zeros(1)))
+    network._modules = dict.fromkeys(map(str, range(300)), layer)
+    for found in (network, nn.ModuleList([nn.Identity()] * 20_001)):
+        assert "100000 tensors, which is no" in _refused(tmp_path, monkeypatch, pickle.dumps({"ema": found}))
 
 
 def test_damaged_files_are_refused_or_read(tmp_path):

@@ -34,7 +34,9 @@ _PACKAGES = ("torch.nn.", "diffusers.")
 _T = TypeVar("_T")
 _FLOAT = struct.Struct(">d")
 _MAX_MODULES = 20_000
-_MAX_DEPTH = 50
+_MAX_DEPTH = 20
+_MAX_TENSORS = 100_000
+_LONGEST_NAME = 100
 _MAX_NUMBERS = 32
 """In a setting that is a list."""
 
@@ -109,6 +111,7 @@ class _ModuleMachine(PickleMachine):
 
     def __init__(self, file: Path, data: memoryview) -> None:
         super().__init__(file, data)
+        self.storages = 0
         self.actions |= {
             "NEWOBJ": self._new,
             "EMPTY_SET": lambda: self.stack.append(set()),
@@ -122,7 +125,7 @@ class _ModuleMachine(PickleMachine):
             return _Name(_ROLES[full], full)
         if module == "torch" and attribute in _DTYPES:
             return _Name("dtype", full)
-        known = f"{module}.".startswith(_PACKAGES) and attribute.isidentifier()
+        known = f"{module}.".startswith(_PACKAGES) and attribute.isidentifier() and len(full) <= 2 * _LONGEST_NAME
         return _Name("object", f"{module}.{attribute}") if known else None
 
     def call(self, function: Any, arguments: Any) -> Any:
@@ -132,6 +135,9 @@ class _ModuleMachine(PickleMachine):
             case "dict", ():
                 return {}
             case "storage", (bytes() | memoryview() as raw,):
+                self.storages += 1
+                if self.storages > _MAX_TENSORS:
+                    self.refuse(f"more than {_MAX_TENSORS} storages, which is no network of this kind")
                 return read_storage(self.file, raw)
             case "tensor", (PickledStorage() as storage, offset, size, stride, bool(), dict() as hooks) if not hooks:
                 return self._tensor(storage, offset, size, stride)
@@ -192,18 +198,19 @@ class _ModuleMachine(PickleMachine):
 
 def _walk(file: Path, network: Inert) -> Iterator[tuple[str, PickledTensor]]:
     """Tensors by their names in the state dict."""
-    pending, count = [("", network, 0)], 0
+    pending, modules, tensors = [("", network, 0)], 0, 0
     while pending:
         prefix, module, depth = pending.pop()
-        count += 1
-        if depth > _MAX_DEPTH or count > _MAX_MODULES:
-            raise FileFormatError(
-                f"{file}: {prefix}: more than {_MAX_DEPTH} modules within one another, or {_MAX_MODULES} in all"
-            )
-        for name, tensor in _tensors_of(file, prefix, module):
-            yield prefix + name, tensor
+        found = _tensors_of(file, prefix, module)
         children = _part(file, prefix, module, "_modules", Inert)
         pending += [(f"{prefix}{name}.", child, depth + 1) for name, child in children]
+        modules, tensors = modules + 1, tensors + len(found)
+        if depth > _MAX_DEPTH or modules + len(pending) > _MAX_MODULES or tensors > _MAX_TENSORS:
+            raise FileFormatError(
+                f"{file}: more than {_MAX_DEPTH} modules within one another, {_MAX_MODULES} modules or {_MAX_TENSORS} "
+                f"tensors, which is no network of this kind"
+            )
+        yield from ((prefix + name, tensor) for name, tensor in found)
 
 
 def _tensors_of(file: Path, prefix: str, module: Inert) -> list[tuple[str, PickledTensor]]:

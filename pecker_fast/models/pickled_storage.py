@@ -20,6 +20,7 @@ _MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _PROTOCOL = 1001
 _LONGEST_INTEGER = 16
 _MAX_DIMENSIONS = 8
+_MAX_NUMEL = 1 << 40
 _DTYPES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -59,7 +60,7 @@ class PickledTensor:
 
     def read(self) -> Tensor:
         """The tensor, contiguous, in memory of its own."""
-        if self.storage.numel == 0:
+        if 0 in self.size:
             return torch.empty(self.size, dtype=self.dtype)
         numbers = torch.from_numpy(np.frombuffer(self.storage.data, dtype=np.uint8).copy()).view(self.dtype)
         return numbers.as_strided(self.size, self.stride, self.offset).clone(memory_format=torch.contiguous_format)
@@ -69,6 +70,8 @@ def window(storage: PickledStorage, offset: Any, size: Any, stride: Any) -> Pick
     """A tensor of a storage, or None where numbers are wrong, lie outside, or are used more than once."""
     lists = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= _MAX_DIMENSIONS
     if not lists or not all(type(number) is int and number >= 0 for number in (offset, *size, *stride)):
+        return None
+    if math.prod(max(length, 1) for length in size) > _MAX_NUMEL:
         return None
     numel = math.prod(size)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
@@ -88,6 +91,13 @@ def read_storage(file: Path, data: bytes | memoryview) -> PickledStorage:
         FileFormatError: They are truncated or go on, or hold anything else.
     """
     return _StorageMachine(file, memoryview(data)).storage()
+
+
+@dataclass(frozen=True)
+class _Described:
+    dtype: torch.dtype
+    key: str
+    numel: int
 
 
 class _StorageMachine(PickleMachine):
@@ -110,9 +120,9 @@ class _StorageMachine(PickleMachine):
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             self.refuse("numbers of a machine that is not little-endian")
         described, keys = self.next_value(), self.next_value()
-        if not isinstance(described, tuple) or keys != [described[1]]:
+        if not isinstance(described, _Described) or keys != [described.key]:
             self.refuse("something else than one storage")
-        dtype, _, numel = described
+        dtype, numel = described.dtype, described.numel
         written, numbers = self.unpack(struct.Struct("<q")), self.data[self.position :]
         if written != numel or len(numbers) != numel * dtype.itemsize:
             self.refuse(f"{len(numbers)} bytes of numbers; expected {numel} x {dtype.itemsize}")
@@ -124,10 +134,10 @@ class _StorageMachine(PickleMachine):
             self.refuse(f"an integer of {length} bytes")
         self.stack.append(bytes(self.bytes(length)))  # only ever compared
 
-    def _described(self, value: Any) -> tuple[torch.dtype, str, int]:
+    def _described(self, value: Any) -> _Described:
         match value:
             case "storage", torch.dtype() as dtype, str(key), str(), int(numel), None if numel >= 0:
-                return dtype, key, numel
+                return _Described(dtype, key, numel)
         self.refuse("something else than a storage of numbers")
 
 

@@ -33,6 +33,7 @@ T_INIT = 625
 """Where published generators of Stable Diffusion start."""
 KEY = "ema"
 _SHOWN = 5
+_LONGEST = 100
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _check_settings(file: Path, base: Path, network: PickledModule, config: Mapp
         raise FileFormatError(f"{file}: {KEY}: expected a UNet2DConditionModel, got {network.class_name}")
     own = {name: value for name, value in network.config.items() if not name.startswith("_") and name in config}
     other = [
-        f"{name} {value!r}, not {config[name]!r}"
+        f"{name} {_short(value)}, not {_short(config[name])}"
         for name, value in own.items()
         if (value or None) != (config[name] or None)  # versions of diffusers write None, False or nothing
     ]
@@ -131,7 +132,10 @@ def _check_shapes(file: Path, base: Path, network: PickledModule, config: Mappin
     found = {name: tensor.size for name, tensor in network.tensors.items()}
     wrong = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if wrong:
-        shown = [f"{name} {found.get(name, 'missing')}, expected {wanted.get(name, 'none')}" for name in wrong[:_SHOWN]]
+        shown = [
+            f"{_short(name)} {found.get(name, 'missing')}, expected {wanted.get(name, 'none')}"
+            for name in wrong[:_SHOWN]
+        ]
         raise FileFormatError(
             f"{file}: {KEY}: is no generator of {base}: {len(wrong)} weights differ: {'; '.join(shown)}"
         )
@@ -147,3 +151,8 @@ def _check_numbers(file: Path, weights: Mapping[str, Tensor]) -> None:
         bad = int((~tensor.isfinite()).sum())
         if bad:
             raise FileFormatError(f"{file}: {KEY}: {name} has {bad} of {tensor.numel()} values NaN or infinite")
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
