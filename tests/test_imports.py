@@ -9,7 +9,7 @@ import pecker_fast
 
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
-    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
+    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter"],
     ["checkpoint", "blocks", "regions", "settings", "step_metrics", "torch_file"],
     ["mask_config", "config_file", "data"],
     ["config", "distributed", "scatter", "schedule", "manifest"],
@@ -26,8 +26,9 @@ LAYERS = [
     ["refresh", "distill_parts", "distill_output", "distill_samples", "distill_updates", "distilled"],
     ["distill_checkpoint", "distill_state"],
     ["distiller", "trainer", "baselines"],
-    ["digits_task", "report", "flags"],
-    ["demo", "data_flags", "delta_flags", "baseline_flags", "compare_flags", "convert_flags"],
+    ["digits_task", "report", "flags", "memory_parts"],
+    ["time_estimate"],
+    ["memory_estimate", "demo", "data_flags", "delta_flags", "baseline_flags", "compare_flags", "convert_flags"],
     ["distill_flags", "compare"],
     ["commands", "parser"],
     ["cli"],
