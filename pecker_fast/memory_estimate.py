@@ -90,11 +90,24 @@ def estimate_memory(trainer: Trainer, device: str | None = None) -> MemoryEstima
     if trainer.mask is None:
         raise RuntimeError("no mask yet, and memory depends on it: call build_mask() or use_mask() first")
     block = CUDA_BLOCK if device == "cuda" else 1
-    copy = ready_to_step(trainer, 1) if isinstance(trainer, Baseline) else without_data(trainer)
+    copy = ready_to_step(trainer, 1) if isinstance(trainer, Baseline) else with_few_micro_batches(without_data(trainer))
     for optimizer in optimizers_of(copy):
         bind_gradients(optimizer.active)
     above, operators = _above(copy, copy.step, block)
     return MemoryEstimate(device, held_parts(trainer), above, _choosing_mask(trainer, block), _attention(operators))
+
+
+def with_few_micro_batches(copy: MaskedDistiller) -> MaskedDistiller:
+    """A copy without data that steps on two or three micro-batches, which are as high as all of them."""
+    config = copy.config
+    size = config.micro_batch_size
+    if size is None or config.reuse_generator_forward:  # that one keeps the graphs of all
+        return copy
+    forget = min(config.forget_samples, size) if config.forget else None
+    config = dataclasses.replace(config, batch_size=min(config.batch_size, 2 * size), forget_batch_size=forget)
+    copy.config = copy.draws.config = config
+    copy.losses = dataclasses.replace(copy.losses, config=config)
+    return copy
 
 
 def _above(trainer: Trainer, run: Callable[[], object], block: int) -> tuple[int, set[str]]:
@@ -108,7 +121,7 @@ def _above(trainer: Trainer, run: Callable[[], object], block: int) -> tuple[int
 def _attention(operators: set[str]) -> str:
     if any("attention" in name for name in operators):
         return STREAMED
-    return WHOLE if "aten::_softmax" in operators else NO_ATTENTION
+    return WHOLE if operators & {"aten::_softmax", "aten::_safe_softmax"} else NO_ATTENTION
 
 
 # -- choosing the mask -----------------------------------------------------------------------------
@@ -125,6 +138,8 @@ def _choosing_mask(trainer: Trainer, block: int) -> int:
 
 
 def _looks(trainer: MaskedDistiller, block: int) -> list[int]:
+    if not (trainer.config.mask.looks or trainer.config.mask_of_fake_score.looks):
+        return []
     copy = without_data(trainer)
     weights = {name: unmasked_weights(getattr(copy, name), copy.mask) for name in ("generator", "fake_score")}
     ahead = _trained_ahead(trainer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
+from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.flops import count_flops
 from pecker_fast.iteration_flops import without_data
 from pecker_fast.memory_parts import Trainer, networks_of
@@ -72,10 +75,20 @@ def estimate_seconds(trainer: Trainer, steps: int, by: By = "network") -> TimeEs
     """
     if by not in get_args(By):
         raise ValueError(f"estimate_seconds: by: expected one of {', '.join(get_args(By))}, got {by!r}")
-    counted = trainer.flops(steps)
+    counted = _at_once(trainer).flops(steps)
     setup = sum(counted.get(part, {}).get("total", 0) for part in ("mask", "setup"))
     rate = _of_network(trainer) if by == "network" else _of_matmul(trainer)
     return TimeEstimate(steps, counted["total"] / rate, setup / rate, rate, by)
+
+
+def _at_once(trainer: Trainer) -> Trainer:
+    """The same without micro-batches, which compute as much, and take longer to be counted."""
+    if not isinstance(trainer, MaskedDistiller) or trainer.config.micro_batch_size is None:
+        return trainer
+    whole = copy.copy(trainer)
+    whole.config = dataclasses.replace(trainer.config, micro_batch_size=None)
+    whole.losses = dataclasses.replace(trainer.losses, config=whole.config)
+    return whole
 
 
 def _of_network(trainer: Trainer) -> float:
