@@ -16,7 +16,7 @@ from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.iteration_flops import unmasked_weights, without_data
 from pecker_fast.maskable import survey
 from pecker_fast.memory_meter import TensorMeter, bytes_by_claim, tensors_of
-from pecker_fast.memory_parts import Trainer, bind_gradients, held_parts, networks_of, optimizers_of
+from pecker_fast.memory_parts import Trainer, held_parts, keep_gradients_bound, networks_of
 from pecker_fast.time_estimate import TimeEstimate
 
 CUDA_BLOCK = 512
@@ -91,8 +91,7 @@ def estimate_memory(trainer: Trainer, device: str | None = None) -> MemoryEstima
         raise RuntimeError("no mask yet, and memory depends on it: call build_mask() or use_mask() first")
     block = CUDA_BLOCK if device == "cuda" else 1
     copy = ready_to_step(trainer, 1) if isinstance(trainer, Baseline) else with_few_micro_batches(without_data(trainer))
-    for optimizer in optimizers_of(copy):
-        bind_gradients(optimizer.active)
+    keep_gradients_bound(copy)
     above, operators = _above(copy, copy.step, block)
     return MemoryEstimate(device, held_parts(trainer), above, _choosing_mask(trainer, block), _attention(operators))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
@@ -93,8 +94,18 @@ def _made_by_the_first_step(trainer: Trainer) -> dict[str, int]:
     return parts
 
 
-def bind_gradients(store: ActiveParameters) -> None:
-    """Every gradient a view of the flat buffer, as it is after a first step."""
+def keep_gradients_bound(copy: Trainer) -> None:
+    """Of a copy without data: gradients are views of the flat buffers, now and after each of the optimizers' steps.
+
+    In between they are not: ``zero_grad`` drops the views, and autograd makes tensors of its own.
+    """
+    for optimizer in optimizers_of(copy):
+        bind = functools.partial(_bind_gradients, optimizer.active)
+        bind()
+        vars(optimizer)["step"] = bind
+
+
+def _bind_gradients(store: ActiveParameters) -> None:
     parameters = dict(store.named_parameters())
     with torch.no_grad():
         for entry in store.entries:
