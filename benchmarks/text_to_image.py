@@ -21,11 +21,9 @@ UNET: Mapping[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "layers_per_block": sized(2, 1),
-    "block_out_channels": sized((320, 640, 1280, 1280), (16, 32)),
-    "down_block_types": sized(
-        ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("CrossAttnDownBlock2D", "DownBlock2D")
-    ),
-    "up_block_types": sized(("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, ("UpBlock2D", "CrossAttnUpBlock2D")),
+    "block_out_channels": sized((320, 640, 1280, 1280), (16,)),
+    "down_block_types": sized(("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("CrossAttnDownBlock2D",)),
+    "up_block_types": sized(("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3, ("CrossAttnUpBlock2D",)),
     "cross_attention_dim": sized(768, 16),
     "attention_head_dim": sized(8, 4),
     "norm_num_groups": sized(32, 8),
@@ -84,7 +82,7 @@ class Setting:
             batch_size=batch_size,
             mask=mask,
             fake_score_mask="same" if self.both else None,
-            guidance=GuidanceConfig(**scales, dropout=0.1),
+            guidance=GuidanceConfig(**scales, dropout=0.0 if "reuse_generator_forward" in self.switches else 0.1),
             share_frozen_weights=self.where != "dense",
         )
 

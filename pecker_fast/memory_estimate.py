@@ -100,7 +100,7 @@ def with_few_micro_batches(copy: MaskedDistiller) -> MaskedDistiller:
     """A copy without data that steps on two or three micro-batches, which are as high as all of them."""
     config = copy.config
     size = config.micro_batch_size
-    if size is None or config.reuse_generator_forward:  # that one keeps the graphs of all
+    if size is None:
         return copy
     forget = min(config.forget_samples, size) if config.forget else None
     config = dataclasses.replace(config, batch_size=min(config.batch_size, 2 * size), forget_batch_size=forget)
@@ -131,7 +131,10 @@ def _choosing_mask(trainer: Trainer, block: int) -> int:
     looks = _looks_of_baseline(trainer, block) if isinstance(trainer, Baseline) else _looks(trainer, block)
     if not looks:
         return 0
-    dense = [weight for network in networks_of(trainer).values() for weight in _before_the_mask(network)]
+    networks = list(networks_of(trainer).values())
+    if trainer.config.share_frozen_weights:  # all of them share, until there is a mask
+        networks = [trainer.true_score, trainer.base]
+    dense = [weight for network in networks for weight in _before_the_mask(network)]
     held = sum(bytes_by_claim({"weights": dense}).values())
     return held + max(looks)
 

@@ -29,6 +29,8 @@ from pecker_fast.time_estimate import estimate_seconds
 ROWS = MaskConfig(kind="random", density=0.3, block="row")
 SALIENCY = MaskConfig(density=0.3, block="row", batches=2, batch_size=16)
 
+SMALL_PARTS = {"batch_size": 6, "forget_batch_size": 3, "micro_batch_size": 2}
+
 
 class Network(nn.Module):
     """A convolution, attention with its scores written out, a norm, a convolution."""
@@ -72,6 +74,7 @@ def text_to_image(checkpointing=True):
 
     torch.manual_seed(0)
     kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    kinds["mid_block_type"] = None
     sizes = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16}
     unet = UNet2DConditionModel(**kinds, **sizes, cross_attention_dim=16, attention_head_dim=2).to(torch.bfloat16)
     if checkpointing:
@@ -110,7 +113,7 @@ def measured(make, steps=2):
     "make",
     [
         distiller,
-        lambda: distiller(torch.bfloat16, mask=SALIENCY, batch_size=6, forget_batch_size=3, micro_batch_size=2),
+        lambda: distiller(mask=SALIENCY, **SMALL_PARTS, share_frozen_weights=True),
         esd,
         text_to_image,
     ],

@@ -27,7 +27,7 @@ RACES = [
     (4, MASKED, DENSE, "target 1.25x"),
     (4, MASKED_LEAN, DENSE_LEAN, ""),
     (16, replace(MASKED, switches=MICRO), replace(DENSE, switches=MICRO), ""),
-]
+][sized(slice(None), slice(1))]
 TOLERANCE = sized(0.05, 1e-3)
 """Of all gradients of a network together, relative: 16-bit products of two orders of additions."""
 
@@ -45,7 +45,8 @@ def bench_text_to_image_step(benchmark, machine, limits):
         record(row(batch, ours, theirs, seconds, done, limits.matmul, target))
         what = f"sd: {ours.name}, batch {batch} + {batch}"
         record(Figure(what, theirs.name, DENSITY, held[ours], held[theirs], "bytes at most"))
-        record(Figure(f"{what}, estimated", "measured", DENSITY, expected[ours], held[ours], "bytes at most"))
+        estimate = expected[ours] if isinstance(held[ours], int) else held[ours]
+        record(Figure(f"{what}, estimated", "measured", DENSITY, estimate, held[ours], "bytes at most"))
     benchmark.pedantic(steps[ours], rounds=1)
 
 
