@@ -60,7 +60,7 @@ MEMORY = [
     dataclasses.replace(MASKED, name="exact, rows 0.1 of both networks, checkpointing", checkpointing=True),
     MASKED_LEAN,
     dataclasses.replace(
-        MASKED_LEAN, name=MASKED_LEAN.name.replace("of both networks", "in cross-attention"), where="xattn"
+        MASKED_LEAN, name="exact, cross-attention of both networks, checkpointing, micro-batches of 2", where="xattn"
     ),
 ]
 
