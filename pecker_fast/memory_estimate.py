@@ -14,6 +14,7 @@ from pecker_fast.baselines import Baseline
 from pecker_fast.baselines.counting import ready_to_step
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.iteration_flops import unmasked_weights, without_data
+from pecker_fast.mask_config import MaskConfig
 from pecker_fast.maskable import survey
 from pecker_fast.memory_meter import TensorMeter, bytes_by_claim, tensors_of
 from pecker_fast.memory_parts import Trainer, held_parts, keep_gradients_bound, networks_of
@@ -88,12 +89,43 @@ def estimate_memory(trainer: Trainer, device: str | None = None) -> MemoryEstima
     if device not in ("cpu", "cuda"):
         raise ValueError(f'estimate_memory: device: expected "cpu", "cuda" or None, got {device!r}')
     if trainer.mask is None:
-        raise RuntimeError("no mask yet, and memory depends on it: call build_mask() or use_mask() first")
+        raise RuntimeError(
+            "no mask yet, and memory depends on it: call build_mask() or use_mask() first, or "
+            "use_stand_in_mask() for an estimate alone"
+        )
     block = CUDA_BLOCK if device == "cuda" else 1
     copy = ready_to_step(trainer, 1) if isinstance(trainer, Baseline) else with_few_micro_batches(without_data(trainer))
     keep_gradients_bound(copy)
     above, operators = _above(copy, copy.step, block)
     return MemoryEstimate(device, held_parts(trainer), above, _choosing_mask(trainer, block), _attention(operators))
+
+
+def use_stand_in_mask(trainer: Trainer) -> None:
+    """Give a trainer without a mask one by chance where its config asks for saliency, of the same size and region.
+
+    For estimates: memory and FLOPs go by how many blocks are active, hardly by which, and nothing has to be looked at.
+    Do not train with it.
+
+    Raises:
+        RuntimeError: There is a mask already.
+    """
+    losses = trainer.masks.losses
+    fake_score_mask = losses.config.fake_score_mask
+    chance = dataclasses.replace(
+        losses.config,
+        mask=_by_chance(losses.config.mask),
+        fake_score_mask=None if fake_score_mask is None else _by_chance(losses.config.mask_of_fake_score),
+    )
+    masks = dataclasses.replace(trainer.masks, losses=dataclasses.replace(losses, config=chance))
+    mask = masks.of_generator(lambda: trainer.true_score)
+    if isinstance(trainer, Baseline):
+        trainer.use_mask(mask)
+    else:
+        trainer.use_mask(mask, masks.of_fake_score(trainer.fake_score))
+
+
+def _by_chance(config: MaskConfig) -> MaskConfig:
+    return dataclasses.replace(config, kind="random") if config.looks else config
 
 
 def with_few_micro_batches(copy: MaskedDistiller) -> MaskedDistiller:

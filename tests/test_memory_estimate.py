@@ -1,6 +1,7 @@
 """Estimated memory against torch's allocator as its profiler saw it, parts against sums by hand; a run is untouched."""
 
 import dataclasses
+import functools
 import gc
 
 import pytest
@@ -19,8 +20,16 @@ from pecker_fast import (
     NoiseSchedule,
     time_estimate,
 )
+from pecker_fast.data import ImageData
 from pecker_fast.iteration_flops import without_data
-from pecker_fast.memory_estimate import STREAMED, WHOLE, describe, estimate_memory, with_few_micro_batches
+from pecker_fast.memory_estimate import (
+    STREAMED,
+    WHOLE,
+    describe,
+    estimate_memory,
+    use_stand_in_mask,
+    with_few_micro_batches,
+)
 from pecker_fast.memory_meter import TensorMeter, bytes_by_claim
 from pecker_fast.memory_parts import held_parts
 from pecker_fast.score_model import TextConditional
@@ -29,6 +38,7 @@ from pecker_fast.time_estimate import estimate_seconds
 ROWS = MaskConfig(kind="random", density=0.3, block="row")
 SALIENCY = MaskConfig(density=0.3, block="row", batches=2, batch_size=16)
 
+IMAGES = ImageData(torch.rand(8, 1, 16, 16), torch.arange(4).repeat(2), tuple("abcd"))
 SMALL_PARTS = {"batch_size": 6, "forget_batch_size": 3, "micro_batch_size": 2}
 
 
@@ -126,6 +136,24 @@ def test_it_is_what_the_allocator_saw(make):
     assert estimate.held == pytest.approx(left, rel=0.02)
     assert (estimate.choosing_mask > estimate.step) == (made.config.mask is SALIENCY)
     assert estimate.attention == (STREAMED if make is text_to_image else WHOLE)
+
+
+@pytest.mark.parametrize("method", [None, "random_label"])
+def test_a_mask_by_chance_stands_in_for_saliency(method):
+    settings = usual(mask=SALIENCY, batch_size=3)
+    if method is None:
+        make = functools.partial(MaskedDistiller, config=DistillConfig(**settings, fake_score_mask="same"))
+    else:
+        make = functools.partial(Baseline, config=BaselineConfig(method=method, **settings), data=IMAGES)
+    looked, guessed = (make(network(), NoiseSchedule.linear()) for _ in range(2))
+    looked.build_mask()
+    use_stand_in_mask(guessed)
+    assert guessed.mask.mass is None and guessed.mask.density == pytest.approx(0.3, rel=0.02)
+    for made in (looked, guessed):
+        trained = made.mask.numel + (made.fake_score_mask.numel if method is None else 0)
+        assert held_parts(made)["active_weights"] == held_parts(made)["gradients"] == 4 * trained
+    with pytest.raises(RuntimeError, match="a mask already"):
+        use_stand_in_mask(guessed)
 
 
 # -- parts -----------------------------------------------------------------------------------------
