@@ -58,16 +58,16 @@ def train(job: Job, tensors: dict[str, Tensor]) -> Trained:
 
 
 def sketch(job: Job) -> MaskedDistiller | Baseline:
-    """The trainer that the job would have, on the CPU, with a random mask and weights that nobody has set.
+    """The trainer that the job would have, on its device, with a random mask and weights that nobody has set.
 
-    Memory that is never written to takes no room, so that this costs seconds for a large UNet too. A given mask is
-    used as it is.
+    On a CPU memory that is never written to takes no room, so that this costs seconds for a large UNet too. A given
+    mask is used as it is.
     """
     with torch.device("meta"):
         unet = job.base.empty_unet().to(job.dtype)
-    job.prepare(unet.to_empty(device="cpu").eval())
+    job.prepare(unet.to_empty(device=job.device).eval())
     width, tokens = job.base.unet_config["cross_attention_dim"], job.base.tokenizer().model_max_length
-    table = torch.zeros(len(job.plan.rows), tokens, width)
+    table = torch.zeros(len(job.plan.rows), tokens, width, device=job.device)
     predict, schedule = TextConditional(table, job.base.prediction_type, job.base.schedule()), job.base.schedule()
     config = job.config
     mask = job.mask or _stand_in(config.mask, unet)

@@ -55,7 +55,11 @@ def _dry_run(job: Job) -> Outcome:
         "dtype": str(job.dtype).removeprefix("torch."),
     }
     settings = {**settings_of(job.config, options), "prompts": prompts}
-    return dry_run(settings, {"model": job.base.parameters, "active_at_most": job.active_at_most}, writes)
+    planned = dry_run(settings, {"model": job.base.parameters, "active_at_most": job.active_at_most}, writes)
+    from pecker_fast.commands.concept_estimate import estimate  # loads torch's counter, which imports triton
+
+    values, text = estimate(job)
+    return Outcome({**planned.values, "estimate": values}, shown={"estimate": text})
 
 
 def _values(job: Job, trained: Trained) -> dict[str, Any]:
