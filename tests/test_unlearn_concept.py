@@ -218,6 +218,10 @@ def test_flags_are_settings(capsys):
     assert all(".attn2." in prefix for prefix in settings["mask"]["region"])
     assert found["parameters"]["model"] == 203204 > found["parameters"]["active_at_most"] > 0
     assert "dry/model" in found["would_write"] and "dry/distill_config.json" in found["would_write"]
+    memory = found["estimate"]["memory_bytes"]
+    assert memory["peak"] > memory["held"] > memory["parts"]["weights_shared"] > 0.8 * 4 * 203204
+    assert memory["parts"]["active_weights"] == 4 * 2 * found["parameters"]["active_at_most"]
+    assert found["estimate"]["seconds"] > found["estimate"]["step_seconds"] > 0
     assert not Path("dry").exists()
 
 
