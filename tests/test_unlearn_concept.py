@@ -16,6 +16,7 @@ from pipelines import write_pipeline
 from pecker_fast import BlockMask, distill_masks
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
+from pecker_fast.commands import concept_estimate
 from pecker_fast.commands.concept_job import Job
 from pecker_fast.commands.concept_training import sketch
 from pecker_fast.concepts import PipelineFolder, embed_prompts
@@ -225,7 +226,8 @@ def test_flags_are_settings(capsys):
     assert not Path("dry").exists()
 
 
-def test_what_folders_and_files_say_is_a_setting(plain, capsys):
+def test_what_folders_and_files_say_is_a_setting(plain, capsys, monkeypatch):
+    monkeypatch.setattr(concept_estimate, "estimate", lambda job: ({}, ""))  # which takes seconds
     given = ("--mask_path", "plain/mask.safetensors", "--init_generator", "plain/model")
     unlearn("dry", *PECKER, "--mask_density", "0.3", *given, "--dry_run", "--json")
     found = json.loads(capsys.readouterr().out)
