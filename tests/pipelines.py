@@ -1,0 +1,131 @@
+"""A small stock pipeline in the shape of Stable Diffusion, with random weights, written without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+MAX_TOKENS = 16
+WORDS = ("of", "cat", "dog", "photo", "bird", "the", "three", "red")
+"""Each of these, and each single letter, is one token; other words are one token a letter."""
+
+
+def write_pipeline(folder: str | Path, prediction_type: str = "epsilon", safety_checker: bool = False) -> Path:
+    """A StableDiffusionPipeline folder of safetensors: latents of 4 x 8 x 8, images of 16 x 16, 16 tokens of width 32.
+
+    The same bytes at each call with the same arguments.
+    """
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = {
+            "vae": _vae(),
+            "text_encoder": _text_encoder(),
+            "unet": _unet(),
+            "safety_checker": _safety_checker() if safety_checker else None,
+        }
+    tokenizer = _tokenizer(folder / "words")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    size = {"shortest_edge": 16}, {"height": 16, "width": 16}
+    extractor = CLIPImageProcessor(size=size[0], crop_size=size[1]) if safety_checker else None
+    pipeline = StableDiffusionPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        feature_extractor=extractor,
+        requires_safety_checker=safety_checker,
+    )
+    pipeline.save_pretrained(folder)
+    for file in (folder / "words").iterdir():
+        file.unlink()
+    (folder / "words").rmdir()
+    return folder
+
+
+def _merges() -> list[tuple[str, str]]:
+    """Each word from left to right: c + a, ca + t</w>."""
+    found: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        for end in range(1, len(word)):
+            found[word[:end], word[end] + ("</w>" if end == len(word) - 1 else "")] = None
+    return list(found)
+
+
+def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    return {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    merges = _merges()
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "pad_token": "<|endoftext|>"}
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(_vocabulary(merges)), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | special), encoding="utf-8")
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _text_encoder() -> CLIPTextModel:
+    vocabulary = len(_vocabulary(_merges()))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    ).eval()
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    ).eval()
+
+
+def _unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).eval()
+
+
+def _safety_checker() -> StableDiffusionSafetyChecker:
+    text = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    heads = {"num_attention_heads": 2}
+    config = CLIPConfig(text_config=text | heads, vision_config=vision | heads, projection_dim=8)
+    return StableDiffusionSafetyChecker(config).eval()
