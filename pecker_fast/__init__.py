@@ -18,7 +18,7 @@ from pecker_fast.active import ActiveParameters  # noqa: E402
 from pecker_fast.apply import apply_mask  # noqa: E402
 from pecker_fast.block_scores import BlockScores  # noqa: E402
 from pecker_fast.blocks import BlockGrid, ParameterMask  # noqa: E402
-from pecker_fast.config import DistillConfig  # noqa: E402
+from pecker_fast.config import DistillConfig, GuidanceConfig  # noqa: E402
 from pecker_fast.delta import Delta, export_shira  # noqa: E402
 from pecker_fast.distiller import MaskedDistiller  # noqa: E402
 from pecker_fast.mask import BlockMask  # noqa: E402
@@ -28,6 +28,7 @@ from pecker_fast.optim import MaskedAdamW  # noqa: E402
 from pecker_fast.refresh import MaskRefresher, change_mask, linear_density  # noqa: E402
 from pecker_fast.saliency import Saliency, compute_saliency  # noqa: E402
 from pecker_fast.schedule import NoiseSchedule  # noqa: E402
+from pecker_fast.score_model import TextConditional  # noqa: E402
 from pecker_fast.scoring import score_blocks  # noqa: E402
 from pecker_fast.stop_rule import StopRule  # noqa: E402
 from pecker_fast.stopping import StopCheck, Verdict  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "BlockScores",
     "Delta",
     "DistillConfig",
+    "GuidanceConfig",
     "MaskConfig",
     "MaskRefresher",
     "MaskedAdamW",
@@ -54,6 +56,7 @@ __all__ = [
     "Saliency",
     "StopCheck",
     "StopRule",
+    "TextConditional",
     "Verdict",
     "apply_mask",
     "backends",

@@ -55,12 +55,35 @@ def apply_mask(
     return ActiveParameters(model, mask, layers, found, dense)
 
 
-def dense_copy(model: nn.Module) -> nn.Module:
-    """An ordinary dense copy, in eval mode: what masks are chosen by does not depend on how a model comes."""
-    copied = copy.deepcopy(model)
+def dense_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """An ordinary dense copy, in eval mode: what masks are chosen by does not depend on how a model comes.
+
+    Args:
+        model: The model, masked or not.
+        share: The copy's weights are parameters of their own in the storage of ``model``'s, which must not be masked;
+            ``own_weights`` gives those that are to change a storage of their own.
+    """
+    memo: dict[int, object] = {}
+    if share and STORE not in vars(model):
+        memo = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
+    copied = copy.deepcopy(model, memo)
     if STORE in vars(copied):
         ActiveParameters.of(copied).remove()
     return copied.eval()
+
+
+def own_weights(model: nn.Module, mask: BlockMask) -> None:
+    """Give weights that ``mask`` touches a storage of their own, as ``dense_copy(..., share=True)`` left them shared.
+
+    A weight that trains whole in its masters' dtype gets one from ``apply_mask`` anyway.
+    """
+    weights = dict(model.named_parameters())
+    masters = torch.float64 if any(p.dtype == torch.float64 for p in weights.values()) else torch.float32
+    for name, weight in weights.items():
+        parameter = mask.parameters.get(name)
+        trains_whole = parameter is not None and parameter.is_full and weight.dtype == masters
+        if (parameter is None or parameter.numel) and not trains_whole:
+            weight.data = weight.data.clone()
 
 
 def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collection[str]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.config import DistillConfig
+from pecker_fast.config import DistillConfig, GuidedPart
 from pecker_fast.draws import Batch
 from pecker_fast.frozen_channels import every_channel
 from pecker_fast.objectives import denoising_loss, score_difference_loss, sid_loss, sid_loss_of_samples
@@ -32,8 +32,23 @@ class DistillLosses:
 
     def predict(self, network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Noise that ``network`` sees in ``x_t``, in the dtype of ``x_t``, whatever the network's own."""
-        dtype = next(network.parameters()).dtype
-        return self.model(network, x_t.to(dtype), t, labels).to(x_t.dtype)
+        return self.model(network, x_t, t, labels)
+
+    def guided(
+        self, network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor, batch: Batch, part: GuidedPart
+    ) -> Tensor:
+        """Classifier-free guidance, ``eps_null + scale (eps_c - eps_null)``, both in one forward pass.
+
+        With scale 1 nothing but the condition is asked. ``part`` says whose scale it is.
+        """
+        guidance = self.config.guidance
+        scale = guidance.scale(part)
+        if scale == 1.0:
+            return self.predict(network, x_t, t, labels)
+        null = batch.nulls if part in guidance.negative_in else torch.full_like(labels, self.config.num_classes)
+        twice = (torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, labels]))
+        epsilon_null, epsilon = self.predict(network, *twice).chunk(2)
+        return epsilon_null + scale * (epsilon - epsilon_null)
 
     def generate(self, generator: nn.Module, noise: Tensor, labels: Tensor) -> Tensor:
         """One-step samples: x0 = (b z - b eps(b z, t_init, c)) / a = sigma_init (z - eps)."""
@@ -45,15 +60,16 @@ class DistillLosses:
     def of_fake_score(self, fake_score: nn.Module, batch: Batch, x0: Tensor) -> Tensor:
         """Noise prediction on the generator's samples ``x0``, which are fixed, (n,)."""
         x_t = self._tracked(self.schedule.add_noise(x0, batch.epsilon, batch.t))
-        return denoising_loss(batch.epsilon, self.predict(fake_score, x_t, batch.t, batch.labels))
+        prediction = self.guided(fake_score, x_t, batch.t, batch.labels, batch, "fake_score_update")
+        return denoising_loss(batch.epsilon, prediction)
 
     def of_generator(self, true_score: nn.Module, fake_score: nn.Module, batch: Batch, x0: Tensor) -> Tensor:
         """How far samples ``x0`` are from where the true score, asked for the target class, wants them, (n,)."""
         config, schedule, epsilon = self.config, self.schedule, batch.epsilon
         x_t = schedule.add_noise(x0, epsilon, batch.t)
         with torch.no_grad() if config.stop_gradient else nullcontext():
-            epsilon_true = self.predict(true_score, x_t, batch.t, batch.targets)
-            epsilon_fake = self.predict(fake_score, x_t, batch.t, batch.labels)
+            epsilon_true = self.guided(true_score, x_t, batch.t, batch.targets, batch, "true_score")
+            epsilon_fake = self.guided(fake_score, x_t, batch.t, batch.labels, batch, "fake_score")
         sigma = schedule.sigma(batch.t, x_t).flatten()
         if config.stop_gradient:
             return score_difference_loss(x0, epsilon, epsilon_true, epsilon_fake, sigma)

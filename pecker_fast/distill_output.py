@@ -44,21 +44,28 @@ class Trained(Protocol):
 
 
 def write(
-    trained: Trained, generator: nn.Module, mask: BlockMask, folder: StrPath, *, name: str = "distill_config"
+    trained: Trained,
+    generator: nn.Module,
+    mask: BlockMask,
+    folder: StrPath,
+    *,
+    settings: str = "distill_config",
+    name: str | None = None,
 ) -> None:
-    """Write all of it, or nothing; see ``MaskedDistiller.save``. ``name`` is what the settings are called."""
+    """Write all of it, or nothing; see ``MaskedDistiller.save``. ``settings`` is what their file is called."""
     with atomic_folder(folder) as unfinished:
         (unfinished / "model").mkdir()
         if only_weights_changed(trained.base, generator):
-            delta = _delta(trained, generator, mask, name)
+            delta = _delta(trained, generator, mask, settings, name)
             delta.save(unfinished / "delta")
         storage.write_model(generator, unfinished / "model", trained.generation)
         mask.save(unfinished / "mask.safetensors")
-        write_json(unfinished / f"{name}.json", dict(trained.config.to_dict()))
+        write_json(unfinished / f"{settings}.json", dict(trained.config.to_dict()))
 
 
-def _delta(trained: Trained, generator: nn.Module, mask: BlockMask, settings: str) -> Delta:
+def _delta(trained: Trained, generator: nn.Module, mask: BlockMask, settings: str, name: str | None) -> Delta:
     forget = trained.config.forget
-    name = f"forget {', '.join(map(str, forget))}" if forget else "distil"
+    if name is None:
+        name = f"forget {', '.join(map(str, forget))}" if forget else "distil"
     metadata = {settings: trained.config.to_dict(), "generation": trained.generation}
     return Delta.extract(trained.base, generator, mask, name=name, metadata=metadata, progress=False)

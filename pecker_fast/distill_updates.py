@@ -87,7 +87,7 @@ class Updates:
         if samples is None:
             self.generator.eval()
             with torch.no_grad():
-                samples = list(self._samples())
+                samples = list(self._samples(self.losses.config.guidance.dropout))
         losses = (
             (batch.weights * self.losses.of_fake_score(network, batch, x0.detach())).sum() for batch, x0 in samples
         )
@@ -115,12 +115,22 @@ class Updates:
         generator.optimizer.zero_grad()
         return list(self._samples())
 
-    def _samples(self) -> Iterator[Sampled]:
-        """A batch and the generator's samples of it; retained and forgotten ones apart if they are not merged."""
-        config, batch = self.losses.config, self.draws.batch()
-        merged = config.merge_batches or not config.forget
-        for part in (batch,) if merged else (batch[: config.batch_size], batch[config.batch_size :]):
+    def _samples(self, dropout: float = 0.0) -> Iterator[Sampled]:
+        """A batch and the generator's samples of it, a part at a time: as many as go through the networks at once."""
+        batch = self.draws.batch(dropout=dropout)
+        for part in self._parts(batch):
             yield part, self.losses.generate(self.generator, part.noise, part.labels)
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """Retained and forgotten samples apart if they are not merged, at most ``micro_batch_size`` of them."""
+        config, count = self.losses.config, len(batch.t)
+        halves = [slice(0, count)]
+        if not config.merge_batches and config.forget:
+            halves = [slice(0, config.batch_size), slice(config.batch_size, count)]
+        for half in halves:
+            size = config.micro_batch_size or count
+            for start in range(half.start, half.stop, size):
+                yield batch[start : min(start + size, half.stop)]
 
     def _follow(self, losses: Iterable[Tensor], learner: Learner) -> Tensor:
         """Follow the gradient of the sum of ``losses``, which are computed and dropped one after the other."""

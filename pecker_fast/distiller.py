@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pecker_fast import distill_checkpoint, distill_output, distill_state
 from pecker_fast.active import ActiveParameters
-from pecker_fast.apply import apply_mask, dense_copy
+from pecker_fast.apply import apply_mask, dense_copy, own_weights
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.config import DistillConfig
 from pecker_fast.distill_checkpoint import Checkpoint
@@ -28,7 +28,7 @@ from pecker_fast.distill_updates import Learner, Updates, make_optimizer, warmup
 from pecker_fast.draws import Draws, check_timesteps
 from pecker_fast.mask import BlockMask
 from pecker_fast.schedule import NoiseSchedule
-from pecker_fast.score_model import predictor
+from pecker_fast.score_model import Predict, predictor
 from pecker_fast.step_metrics import StepMetrics, checked
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class MaskedDistiller:
     then the generator on two fresh ones, where the true score is asked for the override class instead of the forgotten.
 
     Args:
-        true_score: The pretrained network; see ``score_model.predictor`` for what is understood. It is frozen, put in
-            eval mode, and otherwise unchanged.
+        true_score: The pretrained network; see ``score_model.predictor`` for what is understood without ``predict``. It
+            is frozen, put in eval mode, and otherwise unchanged.
         schedule: The noise schedule it was trained with.
         config: What to forget, and how.
         generator: Where the one-step generator starts, for example one that was distilled before; it is copied, and
@@ -58,6 +58,8 @@ class MaskedDistiller:
             config: every rank draws samples of its own (``config.batch_size`` of them), the gradients of either
             network are averaged in one all-reduce, the first rank makes the mask and writes the files. Every rank
             calls every method; losses are its own. None trains alone.
+        predict: How the networks are asked for the noise; a text-to-image network by ``TextConditional(...)``, with
+            which a class is a prompt. None asks ``score_model.predictor``.
 
     Raises:
         RuntimeError: This process is not in ``process_group``.
@@ -73,14 +75,16 @@ class MaskedDistiller:
         generator: nn.Module | None = None,
         fake_score: nn.Module | None = None,
         process_group: ProcessGroup | None = None,
+        predict: Predict | None = None,
     ) -> None:
         check_timesteps(config, schedule)
         self.schedule = schedule
         self.config = config
-        self.losses = DistillLosses(predictor(true_score), schedule, config)
+        self.losses = DistillLosses(predict or predictor(true_score), schedule, config)
         self.base = true_score if generator is None else generator
-        self.generator = dense_copy(self.base)
-        self.fake_score = dense_copy(true_score if fake_score is None else fake_score).requires_grad_(True)
+        share = config.share_frozen_weights
+        self.generator = dense_copy(self.base, share=share)
+        self.fake_score = dense_copy(true_score if fake_score is None else fake_score, share=share).requires_grad_(True)
         self.true_score = true_score.eval().requires_grad_(False)
         weight = next(true_score.parameters())
         self.device = weight.device
@@ -152,6 +156,9 @@ class MaskedDistiller:
     def _apply(self, mask: BlockMask, fake_score_mask: BlockMask) -> tuple[ActiveParameters, ActiveParameters]:
         """Both masks, or none."""
         all_of_it = all(parameter.is_full for parameter in fake_score_mask.parameters.values())
+        if self.config.share_frozen_weights:
+            own_weights(self.generator, mask)
+            own_weights(self.fake_score, fake_score_mask)
         active = apply_mask(self.generator, mask)
         try:
             return active, apply_mask(self.fake_score, fake_score_mask, unmaskable="dense" if all_of_it else "frozen")
@@ -282,13 +289,17 @@ class MaskedDistiller:
         """Within the block the generator has its running-average weights and is in eval mode."""
         return averaged(self.generator, None if self.mask is None else self.active)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> None:
         """Write ``model/`` (the averaged generator), ``mask.safetensors`` and ``distill_config.json`` into ``folder``.
 
         ``pecker_fast.models.load(folder / "model")`` reads a DDPMUNet back, diffusers' ``from_pretrained`` its own
         models; of any other module ``model/`` holds the weights, to be loaded into it with safetensors. ``delta/`` is
         what changed since the true score, or since the generator that was given (see ``Delta``), where it still has
         that one's dtype and buffers.
+
+        Args:
+            folder: Where to; an older one is replaced.
+            name: Of the delta, for people; None names the classes.
 
         Raises:
             FileFormatError: The folder cannot be written; an older model in it stays as it was.
@@ -298,7 +309,7 @@ class MaskedDistiller:
             raise RuntimeError("nothing to save: call build_mask() and step() first")
         with self.ranks.first_writes() as mine, self.averaged() as generator:
             if mine:
-                distill_output.write(self, generator, self.mask, folder)
+                distill_output.write(self, generator, self.mask, folder, name=name)
 
     @property
     def generation(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class Batch:
     Attributes:
         labels: Classes that generator and fake score are asked for, (n,).
         targets: Classes that the true score is asked for, (n,).
+        nulls: What stands for no class in guidance, (n,): label ``num_classes``, or a negative one.
         weights: Weights of the samples in the loss, (n,).
         noise: Where the generator starts, (n, *sample_shape).
         t: Timesteps of the score losses, (n,).
@@ -42,6 +43,7 @@ class Batch:
 
     labels: Tensor
     targets: Tensor
+    nulls: Tensor
     weights: Tensor
     noise: Tensor
     t: Tensor
@@ -71,21 +73,38 @@ class Draws:
         self.rng = torch.Generator(device).manual_seed(config.seed if seed is None else seed)
         # On the device once, so that no step waits for a copy.
         self._tables = {labels: torch.tensor(labels, device=device) for labels in (config.retained, config.forget)}
-        self._override = _override_table(config, device)
+        self._override = _table(config, config.override, device)
+        self._negative = _table(config, config.negative, device)
 
-    def batch(self) -> Batch:
+    def batch(self, *, dropout: float = 0.0) -> Batch:
         """Retained and forgotten classes in one batch: with the weights of the two means, the published two in one.
 
         Two batches one after the other have the same gradient (no layer of these networks looks across samples).
+
+        Args:
+            dropout: Share of the samples whose class is dropped: label ``num_classes``.
         """
         config = self.config
         retained = self.retained()
-        retain = self._samples(retained, retained, config.retain_weight)
+        retain = self._samples(retained, retained, self._none(retained), config.retain_weight)
         if not config.forget:
-            return Batch(*retain)
+            return self._dropped(Batch(*retain), dropout)
         forgotten = self.forgotten()
-        forget = self._samples(forgotten, self.override(forgotten), config.forget_weight)
-        return Batch(*(torch.cat(pair) for pair in zip(retain, forget, strict=True)))
+        nulls = self._none(forgotten) if self._negative is None else self._negative[forgotten]
+        forget = self._samples(forgotten, self.override(forgotten), nulls, config.forget_weight)
+        return self._dropped(Batch(*(torch.cat(pair) for pair in zip(retain, forget, strict=True))), dropout)
+
+    def _dropped(self, batch: Batch, share: float) -> Batch:
+        if not share:
+            return batch
+        dropped = torch.rand(len(batch.t), generator=self.rng, device=self.device) < share
+        keys = ("labels", "targets", "nulls")
+        return replace(
+            batch, **{key: getattr(batch, key).masked_fill(dropped, self.config.num_classes) for key in keys}
+        )
+
+    def _none(self, labels: Tensor) -> Tensor:
+        return torch.full_like(labels, self.config.num_classes)
 
     def again(self, parts: Sequence[Batch]) -> list[Batch]:
         """The same samples at fresh timesteps, with fresh noise, drawn for all parts of a batch at once."""
@@ -127,23 +146,22 @@ class Draws:
         """Uniform timesteps from ``low`` to below ``high``, int64 (count,)."""
         return torch.randint(low, high, (count,), generator=self.rng, device=self.device)
 
-    def _samples(self, labels: Tensor, targets: Tensor, weight: float) -> tuple[Tensor, ...]:
+    def _samples(self, labels: Tensor, targets: Tensor, nulls: Tensor, weight: float) -> tuple[Tensor, ...]:
         count = len(labels)
         noise = self.noise(count)
         t = self.timesteps(count, self.config.t_min, self.config.t_max)
         weights = torch.full((count,), weight / count, device=self.device, dtype=self.dtype)
-        return labels, targets, weights, noise, t, self.noise(count)
+        return labels, targets, nulls, weights, noise, t, self.noise(count)
 
     def _labels(self, labels: tuple[int, ...], count: int) -> Tensor:
         index = torch.randint(len(labels), (count,), generator=self.rng, device=self.device)
         return self._tables[labels][index]
 
 
-def _override_table(config: DistillConfig, device: torch.device) -> Tensor | None:
-    """Class -> what is drawn in its place, (num_classes,); None where that is left to chance."""
-    if config.override is None or not config.forget:
+def _table(config: DistillConfig, substitutes: tuple[int, ...] | None, device: torch.device) -> Tensor | None:
+    """Class -> what takes its place, (num_classes,): one for each forgotten one, or one for all; None is none."""
+    if substitutes is None or not config.forget:
         return None
-    overrides = config.override if len(config.override) > 1 else config.override * len(config.forget)
     table = torch.arange(config.num_classes)
-    table[list(config.forget)] = torch.tensor(overrides)
+    table[list(config.forget)] = torch.tensor(substitutes if len(substitutes) > 1 else substitutes * len(config.forget))
     return table.to(device)

@@ -4,7 +4,7 @@
 cumulative product of ``1 - beta`` (Ho et al. 2020). Everything is derived from one float64 table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -67,12 +67,16 @@ class NoiseSchedule:
         return cls((1 - roots**2).cumprod(0), recipe)
 
     @classmethod
-    def from_diffusers(cls, scheduler: Any) -> "NoiseSchedule":
+    def from_diffusers(cls, scheduler: Any, predicts: Collection[str] = ("epsilon",)) -> "NoiseSchedule":
         """Take over the table of a diffusers scheduler whose network predicts the noise.
+
+        Args:
+            scheduler: With ``alphas_cumprod``.
+            predicts: Prediction types that the caller can turn into noise, as ``TextConditional`` does.
 
         Raises:
             TypeError: The object has no ``alphas_cumprod``.
-            ValueError: Its network predicts something other than the noise.
+            ValueError: Its network predicts something else.
         """
         table = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(table, Tensor):
@@ -81,10 +85,10 @@ class NoiseSchedule:
                 "use DDPMScheduler or DDIMScheduler"
             )
         prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
-        if prediction != "epsilon":
+        if prediction not in predicts:
             raise ValueError(
-                f"{type(scheduler).__name__} has prediction_type={prediction!r}, expected 'epsilon'; "
-                "wrap the network so that it predicts the noise"
+                f"{type(scheduler).__name__} has prediction_type={prediction!r}, expected "
+                f"{' or '.join(map(repr, predicts))}; wrap the network so that it predicts the noise"
             )
         return cls(table.detach().cpu().double())
 

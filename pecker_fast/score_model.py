@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
+import torch
 from torch import Tensor, nn
+
+from pecker_fast.schedule import NoiseSchedule
+from pecker_fast.settings import one_of
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+"""What a text-conditional network may predict; both are turned into noise."""
 
 
 class ScoreModel(Protocol):
@@ -17,7 +25,10 @@ class ScoreModel(Protocol):
 
 
 Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
-"""(network, x_t, t, condition) -> noise: how one kind of network is called."""
+"""(network, x_t, t, condition) -> noise: how one kind of network is called.
+
+The network computes in its own dtype; the noise comes back in that of ``x_t``.
+"""
 
 
 def predictor(model: nn.Module) -> Predict:
@@ -32,23 +43,78 @@ def predictor(model: nn.Module) -> Predict:
         return _diffusers_class_conditional
     raise TypeError(
         f"diffusers' {type(model).__name__}: expected a class-conditional UNet2DModel (num_class_embeds set); "
-        f"wrap another network in a module that takes (x_t, t, condition) and returns the noise"
+        f"say how a UNet2DConditionModel is asked by predict=TextConditional(...), or wrap another network in a module "
+        f"that takes (x_t, t, condition) and returns the noise"
     )
 
 
+@dataclass(frozen=True, eq=False)
+class TextConditional:
+    """How a text-to-image network, diffusers' ``UNet2DConditionModel``, is asked: a prompt is a class.
+
+    All prompts are embedded once; a label is a row of that table. ``network(x_t, t, encoder_hidden_states=
+    embeddings[labels]).sample`` is the noise, or the velocity ``v = a epsilon - b x_0`` (Salimans & Ho 2022, arXiv
+    2202.00512), of which ``epsilon = a v + b x_t``. The row after the last label that is drawn is the null prompt of
+    guidance, as label ``num_classes`` is no class elsewhere.
+
+    Args:
+        embeddings: (rows, tokens, width) of a text encoder, on the networks' device.
+        prediction_type: Of ``PREDICTION_TYPES``: what the network predicts, as its scheduler's config says.
+        schedule: The noise schedule; only a velocity needs it.
+
+    Raises:
+        ValueError: Embeddings of another shape or of integers, another prediction type, or a velocity without schedule.
+    """
+
+    embeddings: Tensor
+    prediction_type: str = "epsilon"
+    schedule: NoiseSchedule | None = None
+
+    def __post_init__(self) -> None:
+        """Check it once, so that no step has to."""
+        if self.embeddings.ndim != 3 or not self.embeddings.is_floating_point():
+            raise ValueError(
+                f"TextConditional: expected embeddings (rows, tokens, width) of a float dtype, got "
+                f"{self.embeddings.dtype} {tuple(self.embeddings.shape)}"
+            )
+        one_of("TextConditional.prediction_type", self.prediction_type, PREDICTION_TYPES)
+        if self.prediction_type == "v_prediction" and self.schedule is None:
+            raise ValueError("TextConditional: a velocity is turned into noise by the schedule; give schedule= too")
+
+    def __call__(self, network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """Noise in ``x_t`` (batch, ...) at timesteps ``t`` (batch,) for prompts ``labels`` (batch,), in its dtype."""
+        own = x_t.to(_dtype(network))
+        output = network(own, t, encoder_hidden_states=self.embeddings[labels].to(own.dtype)).sample
+        output = _checked(network, x_t, output)
+        return (
+            output
+            if self.schedule is None or self.prediction_type == "epsilon"
+            else _noise(self.schedule, output, x_t, t)
+        )
+
+
+def _noise(schedule: NoiseSchedule, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """``a v + b x_t``."""
+    return schedule.alpha(t, x_t) * velocity + schedule.std(t, x_t) * x_t
+
+
 def _plain(model: nn.Module, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
-    return _checked(model, x_t, model(x_t, t, condition))
+    return _checked(model, x_t, model(x_t.to(_dtype(model)), t, condition))
 
 
 def _diffusers_class_conditional(model: nn.Module, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
-    return _checked(model, x_t, model(x_t, t, class_labels=condition).sample)
+    return _checked(model, x_t, model(x_t.to(_dtype(model)), t, class_labels=condition).sample)
 
 
 def _checked(model: nn.Module, x_t: Tensor, epsilon: Any) -> Tensor:
     if not isinstance(epsilon, Tensor) or epsilon.shape != x_t.shape:
         got = tuple(epsilon.shape) if isinstance(epsilon, Tensor) else type(epsilon).__name__
         raise ValueError(f"{type(model).__name__}: expected noise of shape {tuple(x_t.shape)}, got {got}")
-    return epsilon
+    return epsilon.to(x_t.dtype)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
 
 
 def _is_diffusers(model: nn.Module) -> bool:

@@ -68,21 +68,49 @@ def known_keys(cls: type, values: Mapping[str, Any]) -> None:
 
 def check_classes(owner: str, forget: tuple[Any, ...], override: tuple[Any, ...] | None, num_classes: int) -> None:
     """Refuse classes that a model does not have, that are named twice, or that leave nothing to retain."""
-    for name, labels in (("forget", forget), ("override", override or ())):
-        for label in labels:
-            if not is_number(label, "an integer") or not 0 <= label < num_classes:
-                raise ValueError(
-                    f"{owner}.{name}: unknown class {label!r}; the model has classes 0 to {num_classes - 1}"
-                )
-    if len(set(forget)) != len(forget):
-        raise ValueError(f"{owner}.forget: a class is named twice in {forget}")
+    _check_known(f"{owner}.forget", forget, num_classes)
     if len(forget) == num_classes:
         raise ValueError(f"{owner}.forget: every class is forgotten; at least one must be retained")
-    if override is not None:
-        if both := set(override) & set(forget):
-            raise ValueError(f"{owner}.override: class {min(both)} is to be forgotten; name a retained class")
-        if len(override) not in (1, len(forget)):
-            raise ValueError(
-                f"{owner}.override: expected one class, or one for each of the {len(forget)} forgotten, "
-                f"got {len(override)}"
-            )
+    check_substitutes(f"{owner}.override", override, forget, num_classes)
+
+
+def check_substitutes(
+    name: str, substitutes: tuple[Any, ...] | None, forget: tuple[Any, ...], num_classes: int
+) -> None:
+    """Refuse what cannot take the place of forgotten classes: forgotten ones, unknown ones, too many or too few."""
+    if substitutes is None:
+        return
+    _check_known(name, substitutes, num_classes, twice=True)
+    if both := set(substitutes) & set(forget):
+        raise ValueError(f"{name}: class {min(both)} is to be forgotten; name a retained class")
+    if len(substitutes) not in (1, len(forget)):
+        raise ValueError(
+            f"{name}: expected one class, or one for each of the {len(forget)} forgotten, got {len(substitutes)}"
+        )
+
+
+def check_retained(owner: str, retain: tuple[Any, ...] | None, forget: tuple[Any, ...], num_classes: int) -> None:
+    """Refuse classes to retain that a model does not have, that are named twice or forgotten, or none at all."""
+    if retain is None:
+        return
+    _check_known(f"{owner}.retain", retain, num_classes)
+    if not retain:
+        raise ValueError(f"{owner}.retain: expected at least one class, or None for all that are not forgotten; got ()")
+    if both := set(retain) & set(forget):
+        raise ValueError(f"{owner}.retain: class {min(both)} is to be forgotten; name it once")
+
+
+def _check_known(name: str, labels: tuple[Any, ...], num_classes: int, *, twice: bool = False) -> None:
+    for label in labels:
+        if not is_number(label, "an integer") or not 0 <= label < num_classes:
+            raise ValueError(f"{name}: unknown class {label!r}; the model has classes 0 to {num_classes - 1}")
+    if not twice and len(set(labels)) != len(labels):
+        raise ValueError(f"{name}: a class is named twice in {labels}")
+
+
+def retained_classes(retain: tuple[int, ...] | None, forget: tuple[int, ...], num_classes: int) -> tuple[int, ...]:
+    """Those that are named, or all that are not forgotten."""
+    if retain is not None:
+        return retain
+    forgotten = set(forget)
+    return tuple(label for label in range(num_classes) if label not in forgotten)

@@ -28,8 +28,8 @@ class BothDraws:
         settings = (distiller.config, distiller.device, distiller.dtype)
         self.each = [Draws(*settings, seed) for seed in seeds]
 
-    def batch(self):
-        first, second = (vars(draws.batch()) for draws in self.each)
+    def batch(self, *, dropout=0.0):
+        first, second = (vars(draws.batch(dropout=dropout)) for draws in self.each)
         joined = {name: torch.cat([first[name], second[name]]) for name in first}
         return Batch(**joined | {"weights": joined["weights"] / WORLD_SIZE})
 

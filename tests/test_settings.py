@@ -36,7 +36,7 @@ def cases(names, values, expected):
         *cases(POSITIVE, (*NO_NUMBERS, 0, -1e-5), "a positive number"),
         *cases(("clip_value",), ("1", True, NAN, INF, 0, -1), "a positive number or None"),
         *cases(WEIGHTS, (*NO_NUMBERS, -1e-9), "a number >= 0"),
-        *cases(("ema_decay",), (*NO_NUMBERS, 1, -0.1), "a number in [0, 1)"),
+        *cases(("ema_decay",), ("1", True, NAN, INF, 1, -0.1), "a number in [0, 1) or None"),
         *cases(("sid_alpha",), NO_NUMBERS, "a finite number"),
         *cases(("betas",), ((0.9,), (0.9, 1.0), (0.9, "0"), (False, 0.9), (NAN, 0.9)), "two numbers in [0, 1)"),
         *cases(("sample_shape",), ((8, 8), (1, 8, 8.0), (True, 8, 8), (0, 8, 8)), "(channels, height, width)"),

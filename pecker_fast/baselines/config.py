@@ -12,7 +12,16 @@ from typing import Any, Literal, get_args
 from pecker_fast.config import DistillConfig
 from pecker_fast.mask_config import MaskConfig
 from pecker_fast.schedule import NoiseSchedule
-from pecker_fast.settings import check_classes, check_numbers, is_number, known_keys, one_of, to_tuple
+from pecker_fast.settings import (
+    check_classes,
+    check_numbers,
+    check_retained,
+    is_number,
+    known_keys,
+    one_of,
+    retained_classes,
+    to_tuple,
+)
 
 Method = Literal["fine_tune", "gradient_ascent", "random_label", "esd", "selective_amnesia", "retrain"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -37,7 +46,7 @@ _NUMBERS = {
     **dict.fromkeys(("forget_batch_size", "fisher_timesteps"), "a positive integer or None"),
     "sampling_steps": "a positive integer",
     "learning_rate": "a positive number",
-    **dict.fromkeys(("max_grad_norm", "saliency_clip_norm"), "a positive number or None"),
+    **dict.fromkeys(("max_grad_norm", "saliency_clip_norm", "clip_samples"), "a positive number or None"),
     **dict.fromkeys(("retain_weight", "forget_weight"), "a number >= 0 or None"),
     **dict.fromkeys(("eps", "weight_decay", "ewc_weight", "saliency_guidance"), "a number >= 0"),
     **dict.fromkeys(("negative_guidance", "sampling_guidance"), "a number >= 0"),
@@ -63,6 +72,7 @@ class BaselineConfig:
         sample_shape: (channels, height, width).
         override: What a forgotten class is taught to look like ("random_label"), or moves away from ("esd" without a
             null class): one class for each forgotten one, or one for all; None takes the next retained class.
+        retain: Classes that are kept; None are all that are not forgotten. Override ones may lie outside.
         batch_size: Samples of retained classes in each update.
         forget_batch_size: Samples of forgotten classes in each update; None takes ``batch_size``.
         mask: Which weights train; "retrain" trains all. A saliency mask is SalUn's: by the noise-prediction loss
@@ -91,6 +101,8 @@ class BaselineConfig:
             all of them; None takes all.
         replay_samples: Generated samples of every retained class that "selective_amnesia" rehearses.
         sampling_steps: DDIM steps, wherever the method or ``Baseline.sample`` draws.
+        clip_samples: There, what estimates of the image are clipped to; None does not clip, as for latents.
+        share_frozen_weights: As in ``DistillConfig``.
         seed: Of every draw: batches, noise, timesteps, dropout, random masks, initial weights.
     """
 
@@ -99,6 +111,7 @@ class BaselineConfig:
     num_classes: int
     sample_shape: tuple[int, int, int]
     override: tuple[int, ...] | None = None
+    retain: tuple[int, ...] | None = None
     batch_size: int = 128
     forget_batch_size: int | None = None
     mask: MaskConfig = field(default_factory=lambda: MaskConfig(kind="dense"))
@@ -122,12 +135,15 @@ class BaselineConfig:
     fisher_timesteps: int | None = None
     replay_samples: int = 500
     sampling_steps: int = 50
+    clip_samples: float | None = 1.0
+    share_frozen_weights: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         one_of("BaselineConfig.method", self.method, METHODS)
-        for name in ("forget", "override", "sample_shape", "betas"):  # lists are welcome, and JSON has nothing else
-            if name != "override" or self.override is not None:
+        optional = ("override", "retain")
+        for name in ("forget", "sample_shape", "betas", *optional):  # lists are welcome, and JSON has nothing else
+            if name not in optional or getattr(self, name) is not None:
                 object.__setattr__(self, name, to_tuple(f"BaselineConfig.{name}", getattr(self, name)))
         if isinstance(self.mask, Mapping):
             object.__setattr__(self, "mask", MaskConfig.from_dict(self.mask))
@@ -135,6 +151,7 @@ class BaselineConfig:
         if not self.forget:
             raise ValueError("BaselineConfig.forget: expected at least one class to forget, got none")
         check_classes("BaselineConfig", self.forget, self.override, self.num_classes)
+        check_retained("BaselineConfig", self.retain, self.forget, self.num_classes)
         self._check_mask()
         self._check_null_class()
         for name, weight in _published_weights(self.method, math.prod(self.sample_shape)).items():
@@ -165,8 +182,9 @@ class BaselineConfig:
             )
 
     def _check_null_class(self) -> None:
-        if not isinstance(self.null_class, bool):
-            raise ValueError(f"BaselineConfig.null_class: expected True or False, got {self.null_class!r}")
+        for name in ("null_class", "share_frozen_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"BaselineConfig.{name}: expected True or False, got {getattr(self, name)!r}")
         for name in ("class_dropout", "saliency_guidance"):
             if getattr(self, name) and not self.null_class:
                 raise ValueError(
@@ -182,7 +200,7 @@ class BaselineConfig:
     @property
     def retained(self) -> tuple[int, ...]:
         """Classes that are kept."""
-        return tuple(label for label in range(self.num_classes) if label not in self.forget)
+        return retained_classes(self.retain, self.forget, self.num_classes)
 
     @property
     def forget_samples(self) -> int:
@@ -203,6 +221,7 @@ class BaselineConfig:
             num_classes=self.num_classes,
             sample_shape=self.sample_shape,
             override=self.substitutes,
+            retain=self.retain,
             batch_size=self.batch_size,
             forget_batch_size=self.forget_batch_size,
             mask=self.mask,

@@ -91,10 +91,10 @@ def generated(
     progress: bool = False,
 ) -> Images:
     """The model's own images, drawn by DDIM in batches of ``config.batch_size``; they stay on its device."""
-    parts = []
+    parts, steps, clip = [], config.sampling_steps, config.clip_samples
     with tqdm(total=len(labels), desc="sampling", unit="image", disable=not progress) as bar:
         for some in labels.to(rng.device).split(config.batch_size):
             noise = torch.randn((len(some), *config.sample_shape), generator=rng, device=rng.device).to(dtype)
-            parts.append(ddim_sample(model, schedule, noise, some, steps=config.sampling_steps, clip=1.0))
+            parts.append(ddim_sample(model, schedule, noise, some, steps=steps, clip=clip))
             bar.update(len(some))
     return Images(torch.cat(parts), labels.to(rng.device), rng)

@@ -18,7 +18,8 @@ def starting_network(model: nn.Module, config: BaselineConfig, fresh: nn.Module 
         ValueError: A fresh network for another method, one of another architecture, or a model that cannot be built
             again.
     """
-    network = dense_copy(model).requires_grad_(True)
+    share = config.share_frozen_weights and config.method != "retrain"  # which loads other weights
+    network = dense_copy(model, share=share).requires_grad_(True)
     if config.method != "retrain":
         if fresh is not None:
             raise ValueError(f"fresh: only 'retrain' starts from another network, the method is {config.method!r}")

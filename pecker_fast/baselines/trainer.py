@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pecker_fast import distill_output
 from pecker_fast.active import ActiveParameters
-from pecker_fast.apply import apply_mask, dense_copy
+from pecker_fast.apply import apply_mask, dense_copy, own_weights
 from pecker_fast.baselines import counting, state
 from pecker_fast.baselines.config import BaselineConfig, Method
 from pecker_fast.baselines.data import Images, check_data, generated
@@ -34,7 +34,7 @@ from pecker_fast.mask import BlockMask
 from pecker_fast.pretrain import seeded
 from pecker_fast.sampling import ddim_sample
 from pecker_fast.schedule import NoiseSchedule
-from pecker_fast.score_model import predictor
+from pecker_fast.score_model import Predict, predictor
 from pecker_fast.step_metrics import StepMetrics, checked
 from pecker_fast.stopping import fresh_seed
 
@@ -46,11 +46,13 @@ class Baseline:
     are "dense" but for SalUn (``salun``). docs/baselines.md has equations, settings and what was not copied.
 
     Args:
-        model: The pretrained network; see ``score_model.predictor`` for what is understood. It is copied.
+        model: The pretrained network; see ``score_model.predictor`` for what is understood without ``predict``. It is
+            copied.
         schedule: The noise schedule it was trained with.
         config: The method, what to forget, and how.
         data: Labelled real images; None where the method needs none (see ``NEEDS``).
         fresh: Where "retrain" starts; it is copied. None initialises a ``DDPMUNet`` anew.
+        predict: As for ``MaskedDistiller``.
 
     Attributes:
         NEEDS: Method -> what data it needs, and what a step costs in F, one forward of the network on a batch.
@@ -72,6 +74,7 @@ class Baseline:
         *,
         data: ImageData | None = None,
         fresh: nn.Module | None = None,
+        predict: Predict | None = None,
     ) -> None:
         check_data(data, config, PARTS[config.method])
         if config.sampling_steps > schedule.num_train_timesteps:
@@ -82,8 +85,8 @@ class Baseline:
         self.config = config
         self.schedule = schedule
         self.settings = config.for_draws(schedule)
-        self.losses = DistillLosses(predictor(model), schedule, self.settings)
-        self.base = self.true_score = dense_copy(model).requires_grad_(False)
+        self.losses = DistillLosses(predict or predictor(model), schedule, self.settings)
+        self.base = self.true_score = dense_copy(model, share=config.share_frozen_weights).requires_grad_(False)
         self.network = starting_network(model, config, fresh)
         weight = next(self.true_score.parameters())
         self.device = weight.device
@@ -141,6 +144,8 @@ class Baseline:
         all_of_it = all(parameter.is_full for parameter in mask.parameters.values())
         if self.config.method == "retrain" and not all_of_it:
             raise ValueError("mask: 'retrain' trains every weight, from scratch; give it a dense mask")
+        if self.config.share_frozen_weights:
+            own_weights(self.network, mask)
         self.active: ActiveParameters = apply_mask(self.network, mask, unmaskable="dense" if all_of_it else "frozen")
         rate = self.config.learning_rate
         self.optimizer = make_optimizer(self.settings, self.active, rate, self.config.ema_decay)
@@ -241,14 +246,15 @@ class Baseline:
             seed: Of that draw; None takes the global random state.
 
         Returns:
-            (batch, *sample_shape) in [-1, 1].
+            (batch, *sample_shape) in [-1, 1], or whatever ``clip_samples`` says.
         """
         labels = torch.as_tensor(condition, device=self.device).reshape(-1)
         if noise is None:
             noise = draw_start((len(labels), *self.config.sample_shape), seed, self.device, self.dtype)
         with self.averaged() as network:
             model = functools.partial(self.losses.predict, network)
-            return ddim_sample(model, self.schedule, noise, labels, steps=self.config.sampling_steps, clip=1.0)
+            steps, clip = self.config.sampling_steps, self.config.clip_samples
+            return ddim_sample(model, self.schedule, noise, labels, steps=steps, clip=clip)
 
     def averaged(self) -> AbstractContextManager[nn.Module]:
         """Within the block the network has its running-average weights, if it keeps one, and is in eval mode."""
@@ -264,8 +270,12 @@ class Baseline:
             "sample_shape": list(self.config.sample_shape),
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> None:
         """Write ``model/``, ``mask.safetensors``, ``baseline_config.json`` and, where it can be, ``delta/``.
+
+        Args:
+            folder: Where to; an older one is replaced.
+            name: Of the delta, for people; None names the classes.
 
         Raises:
             FileFormatError: The folder cannot be written; an older model in it stays as it was.
@@ -274,7 +284,7 @@ class Baseline:
         if self.mask is None:
             raise RuntimeError("nothing to save: call build_mask() and step() first")
         with self.averaged() as network:
-            distill_output.write(self, network, self.mask, folder, name="baseline_config")
+            distill_output.write(self, network, self.mask, folder, settings="baseline_config", name=name)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: tensors, numbers and strings only."""

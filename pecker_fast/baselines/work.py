@@ -90,7 +90,9 @@ class Work:
         stop = int(torch.randint(steps, (), generator=rng, device=device)) if self.stop is None else self.stop
         guidance = self.config.sampling_guidance if self.config.null_class else 1.0
         model, noise = self.guided(self.frozen, guidance), self.draws.noise(len(labels))
-        return ddim_partial(model, self.losses.schedule, noise, labels, steps=steps, stop=stop, clip=1.0)
+        return ddim_partial(
+            model, self.losses.schedule, noise, labels, steps=steps, stop=stop, clip=self.config.clip_samples
+        )
 
     def dropped(self, labels: Tensor) -> Tensor:
         """Labels, some of them replaced by the null class."""
