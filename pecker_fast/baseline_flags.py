@@ -10,7 +10,7 @@ from pecker_fast.flags import on_off, positive_float, positive_int
 
 DISTILL = "distill"
 SALUN = "salun"
-CHOICES = (DISTILL, *METHODS[:3], SALUN, *METHODS[3:])
+CHOICES = (DISTILL, "pecker", "sfd", *METHODS[:3], SALUN, *METHODS[3:])
 
 BASELINE_FIELDS = {
     "learning_rate": "learning_rate",
@@ -55,8 +55,8 @@ def method_flag(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES,
         default=DISTILL,
         metavar="METHOD",
-        help=f"{', '.join(CHOICES)} ({DISTILL}); all others leave a model of many steps, and train every weight of it "
-        f"unless --mask says otherwise or the method is {SALUN}",
+        help=f"{', '.join(CHOICES)} ({DISTILL}, also called pecker; sfd is the same with --mask dense); all others "
+        f"leave a model of many steps, and train every weight of it unless --mask says otherwise or the method is {SALUN}",
     )
 
 

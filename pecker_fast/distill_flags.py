@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.baseline_flags import baseline_flags, method_flag
+from pecker_fast.concept_flags import concept_flags
 from pecker_fast.flags import (
     checkpoint_flags,
     device_flag,
@@ -46,7 +47,7 @@ def unlearn_command(commands: Any) -> None:
     parser = new_command(
         commands,
         "unlearn",
-        "make a diffusion model forget classes",
+        "make a diffusion model forget classes, or a text-to-image pipeline prompts",
         "pecker-fast unlearn --pretrained_model_name_or_path teacher --forget_class 3 \\\n"
         "      --override_class 8 --mask_density 0.25 --block row --mask_lr_scale density \\\n"
         "      --max_train_steps 150 --train_batch_size 64 --forget_batch_size 16 --generator_lr 5e-4 \\\n"
@@ -56,11 +57,14 @@ def unlearn_command(commands: Any) -> None:
         "those published for CIFAR-10, or with --init those that it was distilled with; --dry_run shows\n"
         "them. Several requests from one distilled model, each a delta of its own:\n"
         "  pecker-fast unlearn ... --init distilled --forget_class 3 --output_dir three\n"
-        "  pecker-fast unlearn ... --init distilled --earlier three --forget_class 5 --output_dir five",
+        "  pecker-fast unlearn ... --init distilled --earlier three --forget_class 5 --output_dir five\n\n"
+        "A folder of a text-to-image pipeline forgets prompts; numbers not given are those published for it:\n"
+        "  pecker-fast unlearn --pretrained_model_name_or_path sd15 --method esd --train_method xattn \\\n"
+        "      --erase_concept 'brad pitt' --retain_prompts kept.txt --mask_density 0.1 --output_dir out",
     )
     source_flag(parser)
     method_flag(parser)
-    forget_flag(parser)
+    forget_flag(parser, required=False)
     override_flag(parser)
     _init_flags(parser)
     mask_flags(parser, ("saliency", "random", "dense", "complement", "layer_random"))
@@ -79,6 +83,7 @@ def unlearn_command(commands: Any) -> None:
     _output_flag(parser, "gets model/, delta/, the mask, settings and losses")
     checkpoint_flags(parser)
     baseline_flags(parser)
+    concept_flags(parser)
     device_flag(parser)
 
 

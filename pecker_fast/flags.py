@@ -65,15 +65,17 @@ def source_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def forget_flag(parser: argparse.ArgumentParser, default: list[int] | None = None) -> None:
-    """Classes to forget, required unless there is a default."""
+def forget_flag(
+    parser: argparse.ArgumentParser, default: list[int] | None = None, *, required: bool | None = None
+) -> None:
+    """Classes to forget, required unless there is a default; ``required`` says otherwise."""
     shown = f" ({default[0]})" if default else ""
     parser.add_argument(
         "--forget_class",
         type=int,
         nargs="+",
         default=default,
-        required=default is None,
+        required=default is None if required is None else required,
         metavar="C",
         help=f"classes to forget{shown}",
     )

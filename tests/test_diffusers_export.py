@@ -8,6 +8,7 @@ from pecker_fast import NoiseSchedule, models
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models import DDPMUNet, DigitsClassifier
 from pecker_fast.models.diffusers_export import FILES, export_diffusers, to_diffusers
+from pecker_fast.models.one_step_scheduler import one_step_scheduler
 from pecker_fast.sampling import ddim_sample, one_step_sample
 
 SCHEDULE = NoiseSchedule.linear()
@@ -87,6 +88,36 @@ def test_one_euler_step_draws_what_the_generator_draws(tmp_path, digits):
     torch.testing.assert_close(
         drawn, one_step_sample(digits, SCHEDULE, noise, labels, t_init=440), rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_the_one_step_of_stable_diffusion(predicts, digits):
+    """Network of either kind in stock diffusers, against the formula, at the published timestep."""
+    schedule, t_init = NoiseSchedule.scaled_linear(), 625
+    scheduler = one_step_scheduler(schedule, t_init, predicts)
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [t_init]
+
+    def epsilon(x_t, t, labels):
+        output = digits(x_t, t, labels)
+        return output if predicts == "epsilon" else schedule.alpha(t_init) * output + schedule.std(t_init) * x_t
+
+    noise, labels, t = torch.randn(4, 1, 8, 8), torch.arange(4), scheduler.timesteps[0]
+    x = noise * scheduler.init_noise_sigma
+    with torch.no_grad():
+        output = digits(scheduler.scale_model_input(x, t), t.long().expand(4), labels)
+    drawn = scheduler.step(output, t, x).prev_sample
+    expected = one_step_sample(epsilon, schedule, noise, labels, t_init=t_init)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+    other = one_step_sample(epsilon, schedule, noise, labels, t_init=t_init - 1)
+    assert not torch.allclose(drawn, other, rtol=0, atol=1e-4)  # a control: the next timestep is told apart
+
+
+def test_one_step_needs_a_timestep_and_a_prediction_that_it_knows():
+    with pytest.raises(ValueError, match="t_init: expected 0 to 999, got 1000"):
+        one_step_scheduler(SCHEDULE, 1000)
+    with pytest.raises(ValueError, match="prediction_type: expected 'epsilon' or 'v_prediction', got 'sample'"):
+        one_step_scheduler(SCHEDULE, 440, "sample")
 
 
 def test_ddim_draws_the_same(tmp_path, digits):

@@ -126,7 +126,7 @@ class Request:
         """The mask of this request: of its own classes, and of no weight that an earlier one changed."""
         mask = distiller.config.mask
         own = self.earlier and mask.looks and mask.saliency == "noise_prediction"
-        batches = _samples(distiller, self.forget) if own else None
+        batches = own_samples(distiller, self.forget) if own else None
         return distiller.build_mask(batches, exclude=[request.delta.mask for request in self.earlier])
 
     def check_mask(self, mask: BlockMask, model: nn.Module, options: argparse.Namespace) -> None:
@@ -177,7 +177,7 @@ def _start(options: argparse.Namespace, source: Source) -> distilled.Distilled:
     return start
 
 
-def _samples(distiller: MaskedDistiller, classes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+def own_samples(distiller: MaskedDistiller, classes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of the generator's samples of some classes, for the saliency pass."""
     config: DistillConfig = distiller.config
     rng = torch.Generator(distiller.device).manual_seed(fresh_seed("saliency", config.seed))

@@ -30,6 +30,7 @@ class Training:
         options: ``output_dir``, ``max_train_steps``, ``checkpointing_steps``, ``checkpoints_total_limit``,
             ``resume_from_checkpoint`` and ``quiet``.
         stop: The check that may end it, and how often it is asked.
+        identity: What else a checkpoint must have been saved with, as JSON values: name -> value.
         metrics: Of every step so far, and of its check if there was one.
         seconds: What earlier processes took.
         stopped: The step after which ``stop`` ended it.
@@ -37,6 +38,7 @@ class Training:
 
     options: argparse.Namespace
     stop: Stop | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
     metrics: list[Mapping[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     stopped: int | None = None
@@ -76,6 +78,9 @@ class Training:
             raise ValueError(
                 f"--max_train_steps {options.max_train_steps}: {loaded.folder} has done {loaded.step} steps already"
             )
+        for name, value in self.identity.items():
+            if loaded.extra.get(name) != value:
+                raise ValueError(f"{loaded.folder}: was saved with other {name}; resume with those it was saved with")
         self.metrics, self.seconds = list(loaded.extra.get("metrics", [])), loaded.extra.get("seconds", 0.0)
         saved = loaded.extra.get("stop")
         if self.stop is not None and saved is not None and saved["rule"] == str(self.stop.check.rule):
@@ -134,7 +139,7 @@ class Training:
     def _save(self, distiller: MaskedDistiller) -> None:
         self._check_finite()
         options = self.options
-        extra: dict[str, Any] = {"metrics": self.metrics, "seconds": self.total_seconds()}
+        extra: dict[str, Any] = {**self.identity, "metrics": self.metrics, "seconds": self.total_seconds()}
         if self.stop is not None:
             check = self.stop.check
             extra["stop"] = {"rule": str(check.rule), "stopped": self.stopped, **check.state_dict()}

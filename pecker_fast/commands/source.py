@@ -20,7 +20,7 @@ from pecker_fast.mask_config import MaskConfig
 from pecker_fast.schedule import NoiseSchedule
 
 # Flag -> field; flags that are not given keep the field's default, which is written down in config.py alone.
-_DISTILL_FIELDS = {
+DISTILL_FIELDS = {
     "train_batch_size": "batch_size",
     "forget_batch_size": "forget_batch_size",
     "generator_lr": "generator_lr",
@@ -130,7 +130,7 @@ def distill_config(
     """
     if forget is None:
         forget, override = options.forget_class, getattr(options, "override_class", None)
-    given = fields_of(options, _DISTILL_FIELDS) | switches(options)
+    given = fields_of(options, DISTILL_FIELDS) | switches(options)
     if getattr(options, "fake_score_mask", None) == "same":
         given["fake_score_mask"] = "same"
     if getattr(options, "clip_value", None) is not None:

@@ -8,12 +8,14 @@ from typing import Any
 
 from pecker_fast.baseline_flags import DISTILL
 from pecker_fast.baseline_flags import check_flags as check_method_flags
-from pecker_fast.commands import Outcome, dry_run, judging, unlearn_baseline
+from pecker_fast.commands import Outcome, dry_run, judging, unlearn_baseline, unlearn_concept
 from pecker_fast.commands.earlier import RECORD
 from pecker_fast.commands.requests import Request
 from pecker_fast.commands.resuming import Training
 from pecker_fast.commands.source import Source, classes_text, distill_config, load_source
 from pecker_fast.commands.together import group_of, is_first, output_folder
+from pecker_fast.concept_flags import PECKER, SFD, asks_for_prompts, check_class_flags
+from pecker_fast.concepts.pipeline import PipelineFolder
 from pecker_fast.config import DistillConfig
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.mask import BlockMask
@@ -22,9 +24,22 @@ _WRITES = ("model/", "delta/", "mask.safetensors", "distill_config.json", "metri
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Unlearn by the method that the flags ask for."""
+    """Unlearn by the method that the flags ask for: prompts from a pipeline, classes from any other folder."""
+    if PipelineFolder.is_one(options.pretrained_model_name_or_path) or asks_for_prompts(options):
+        return unlearn_concept.run(options)
+    check_class_flags(options)
+    if options.method in (PECKER, SFD):
+        options = argparse.Namespace(**vars(options) | {"method": DISTILL} | _mask_of(options))
     check_method_flags(options)
     return distil(options) if options.method == DISTILL else unlearn_baseline.run(options)
+
+
+def _mask_of(options: argparse.Namespace) -> dict[str, str]:
+    if options.method == PECKER:
+        return {}
+    if options.mask not in (None, "dense"):
+        raise ValueError(f"--mask {options.mask}: --method {SFD} trains every weight; take {PECKER}")
+    return {"mask": "dense"}
 
 
 def distil(options: argparse.Namespace) -> Outcome:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.ddpm import DDPMUNet
+from pecker_fast.models.one_step_scheduler import betas_of, diffusers_library, one_step_scheduler
 from pecker_fast.models.storage import load, load_config
 from pecker_fast.schedule import NoiseSchedule
 
@@ -51,7 +52,7 @@ def to_diffusers(model: DDPMUNet) -> Any:
     if not isinstance(model, DDPMUNet):
         raise TypeError(f"expected a DDPMUNet, got {type(model).__name__}; others export themselves")
     settings = _settings(model)
-    unet2d = _diffusers().UNet2DModel
+    unet2d = diffusers_library().UNet2DModel
     with torch.device("meta"):
         unet = unet2d(**settings)
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -132,33 +133,18 @@ def export_diffusers(folder_in: StrPath, folder_out: StrPath) -> Any:
 def to_scheduler(generation: Mapping[str, Any]) -> Any:
     """The scheduler of diffusers for a model folder's ``generation``.
 
-    Euler over the betas up to ``t_init`` makes of noise z exactly ``sigma (z - epsilon(std z, t_init, c))`` in its one
-    step: the one-step generator. DDIM agrees with ``ddim_sample`` where the number of steps divides that of timesteps
-    and ``use_clipped_model_output=True`` is given to ``step``.
+    A one-step generator gets that of `one_step_scheduler`. DDIM agrees with ``ddim_sample`` where the number of steps
+    divides that of timesteps and ``use_clipped_model_output=True`` is given to ``step``.
 
     Raises:
         ImportError: diffusers is not installed.
     """
     schedule = NoiseSchedule.from_dict(generation["schedule"])
-    table = schedule.alphas_cumprod
-    betas = (1 - table / torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])).tolist()
-    library = _diffusers()
     if generation["kind"] == "one_step":
-        betas = betas[: generation["t_init"] + 1]
-        return library.EulerDiscreteScheduler(
-            num_train_timesteps=len(betas), trained_betas=betas, timestep_spacing="trailing"
-        )
-    return library.DDIMScheduler(num_train_timesteps=len(betas), trained_betas=betas, timestep_spacing="trailing")
-
-
-def _diffusers() -> Any:
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(
-            "the export needs diffusers, which is not installed; run: pip install pecker_fast[diffusers]"
-        ) from error
-    return diffusers
+        return one_step_scheduler(schedule, generation["t_init"])
+    betas = betas_of(schedule)
+    ddim = diffusers_library().DDIMScheduler
+    return ddim(num_train_timesteps=len(betas), trained_betas=betas, timestep_spacing="trailing")
 
 
 def _settings(model: DDPMUNet) -> dict[str, Any]:

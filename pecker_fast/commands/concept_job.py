@@ -1,0 +1,202 @@
+"""One erasure from a pipeline, as ``pecker-fast unlearn`` is asked for it: checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pecker_fast.apply import check_mask
+from pecker_fast.baselines import BaselineConfig
+from pecker_fast.commands.concept_settings import (
+    baseline_config,
+    distill_config,
+    read_erasure,
+    read_plan,
+    training_dtype,
+)
+from pecker_fast.commands.source import torch_device
+from pecker_fast.concept_flags import is_one_step
+from pecker_fast.concepts.pipeline import PipelineFolder
+from pecker_fast.concepts.plan import PromptPlan
+from pecker_fast.concepts.record import EarlierErasure, apply_earlier, merged
+from pecker_fast.concepts.request import Erasure
+from pecker_fast.config import DistillConfig
+from pecker_fast.delta import Ledger
+from pecker_fast.delta.pack import overlaps
+from pecker_fast.errors import FileFormatError
+from pecker_fast.mask import BlockMask
+from pecker_fast.maskable import survey
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        options: The flags.
+        base: The pipeline that is to forget, whose UNet is the true score.
+        start: Where the UNet that trains starts, and what the delta is against: ``base``, or a one-step generator.
+        erasure: What is erased.
+        plan: All prompts.
+        config: All settings.
+        mask: A mask that was given.
+        earlier: Erasures that this one adds to.
+    """
+
+    options: argparse.Namespace
+    base: PipelineFolder
+    start: PipelineFolder
+    erasure: Erasure
+    plan: PromptPlan
+    config: DistillConfig | BaselineConfig
+    mask: BlockMask | None
+    earlier: tuple[EarlierErasure, ...]
+
+    @classmethod
+    def read(cls, options: argparse.Namespace) -> Job:
+        """Check all of it; no weights are read but those of a mask and of earlier deltas.
+
+        Raises:
+            FileFormatError: A folder or file is missing, damaged, or not supported.
+            ValueError: Flags, prompts or numbers that do not go together.
+        """
+        base = PipelineFolder.read(options.pretrained_model_name_or_path)
+        if base.t_init is not None:
+            raise FileFormatError(
+                f"{base.path}: is a one-step generator; name the diffusion model, and this with --init_generator"
+            )
+        start = base if options.init_generator is None else _generator(options, base)
+        erasure = read_erasure(options)
+        plan = read_plan(options, erasure)
+        earlier = tuple(EarlierErasure.read(folder) for folder in options.earlier or ())
+        _check_earlier(options, earlier)
+        if earlier and is_one_step(options):
+            plan = merged(plan, erasure, earlier, plan.retained_texts)
+        make = distill_config if is_one_step(options) else baseline_config
+        config = make(_with_t_init(options, start), base, plan)
+        base.check_prompts([*plan.texts, *(options.validation_prompts or ())])
+        torch_device(options.device)
+        job = cls(options, base, start, erasure, plan, config, _read_mask(options), earlier)
+        job.check_mask()
+        return job
+
+    @property
+    def one_step(self) -> bool:
+        """Whether a one-step generator comes out."""
+        return is_one_step(self.options)
+
+    @property
+    def settings_name(self) -> str:
+        """What the file of settings is called."""
+        return "distill_config" if self.one_step else "baseline_config"
+
+    @property
+    def device(self) -> torch.device:
+        """Where it trains."""
+        return torch_device(self.options.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the networks."""
+        return training_dtype(self.options, self.device)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the UNet."""
+        return sum(torch.Size(shape).numel() for shape in self.base.shapes.values())
+
+    @property
+    def active_at_most(self) -> int:
+        """Weights that train."""
+        if self.mask is not None:
+            return self.mask.numel
+        mask, region = self.config.mask, self.config.mask.region
+        names = [name for name in self.base.shapes if isinstance(region, str) or name.startswith(region)]
+        inside = sum(torch.Size(self.base.shapes[name]).numel() for name in names)
+        return inside if mask.kind == "dense" else min(inside, round(mask.density * self.parameters))
+
+    def start_weights(self) -> tuple[dict[str, Tensor], Ledger]:
+        """The weights that the UNet starts from, with the deltas of earlier erasures, and all that they carry.
+
+        Raises:
+            FileFormatError: A file is damaged, or a delta is of another model.
+        """
+        tensors, ledger = self.start.tensors(), self.start.ledger
+        apply_earlier(self.earlier, tensors, ledger, self.start.path)
+        return tensors, ledger
+
+    def network(self, tensors: dict[str, Tensor]) -> nn.Module:
+        """A UNet of these weights as it trains: in its dtype, on its device, perhaps with gradient checkpointing."""
+        unet = self.base.unet(tensors, self.dtype)
+        unet.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.options.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return unet
+
+    def check_mask(self) -> None:
+        """Refuse a given mask of another network, or with weights that an earlier erasure changed.
+
+        Raises:
+            FileFormatError: It does not fit.
+            ValueError: It has such weights.
+        """
+        if self.mask is None:
+            return
+        path = self.options.mask_path
+        with torch.device("meta"):
+            unet = self.base.empty_unet()
+        try:
+            check_mask(unet, self.mask, survey(unet), adopted=())
+        except ValueError as error:
+            raise FileFormatError(f"{path}: does not fit the UNet of {self.base.path}: {error}") from error
+        for erasure in self.earlier:
+            if names := overlaps(self.mask.parameters, erasure.delta.mask.parameters):
+                raise ValueError(f"{path}: has weights of {names[0]} that {erasure.folder} changed; make another one")
+
+
+def _generator(options: argparse.Namespace, base: PipelineFolder) -> PipelineFolder:
+    start = PipelineFolder.read(options.init_generator)
+    if start.shapes != base.shapes:
+        raise FileFormatError(
+            f"{start.path}: its UNet has other weights than that of {base.path}; take one of that model"
+        )
+    if start.prediction_type != base.prediction_type:
+        raise FileFormatError(
+            f"{start.path}: prediction_type is {start.prediction_type!r}, that of {base.path} is "
+            f"{base.prediction_type!r}"
+        )
+    if start.t_init is not None and options.t_init not in (None, start.t_init):
+        raise ValueError(
+            f"--t_init {options.t_init}: the generator of {start.path} starts at {start.t_init}; leave it out"
+        )
+    return start
+
+
+def _with_t_init(options: argparse.Namespace, start: PipelineFolder) -> argparse.Namespace:
+    if start.t_init is None or not is_one_step(options):
+        return options
+    return argparse.Namespace(**vars(options) | {"t_init": start.t_init})
+
+
+def _check_earlier(options: argparse.Namespace, earlier: tuple[EarlierErasure, ...]) -> None:
+    for erasure in earlier:
+        if erasure.one_step != is_one_step(options):
+            kinds = ("an ordinary UNet", "a one-step generator")
+            raise ValueError(
+                f"--earlier {erasure.folder}: is of {kinds[erasure.one_step]}, --method {options.method} makes "
+                f"{kinds[is_one_step(options)]}; their deltas do not add up"
+            )
+    dense = options.mask == "dense" or options.method == "sfd" or (options.method == "esd" and not _masked(options))
+    if earlier and dense:
+        raise ValueError("--earlier: every weight would train, those of earlier erasures too; give --mask_density")
+
+
+def _masked(options: argparse.Namespace) -> bool:
+    return any(getattr(options, flag) is not None for flag in ("mask", "mask_density", "mask_path"))
+
+
+def _read_mask(options: argparse.Namespace) -> BlockMask | None:
+    return None if options.mask_path is None else BlockMask.load(options.mask_path)

@@ -1,0 +1,109 @@
+"""Before and after: the same prompts from the same noise, by two pipeline folders, in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pecker_fast.models.one_step_scheduler import diffusers_library
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_SMALLEST = 96  # pixels; smaller images are hard to see, and captions do not fit
+_LARGEST = 256
+_GAP, _TEXT = 6, 16
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn.
+
+    Attributes:
+        prompts: One row of the picture each.
+        count: Pictures of each.
+        seed: Of the noise: picture i of every prompt starts from seed + i.
+        steps: Denoising steps of a pipeline that takes many.
+        guidance: Its guidance scale.
+        device: Where.
+        dtype: Of the networks.
+    """
+
+    prompts: tuple[str, ...]
+    count: int
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 7.5
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+
+
+def draw(folder: Path, drawing: Drawing, *, one_step: bool = False) -> list[list[Image]]:
+    """Pictures of each prompt, by the folder's own scheduler and VAE; its safety checker is left out, not to hide any.
+
+    Raises:
+        ImportError: diffusers is not installed.
+    """
+    pipeline = (
+        diffusers_library()
+        .StableDiffusionPipeline.from_pretrained(
+            folder,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+            torch_dtype=drawing.dtype,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        .to(drawing.device)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    how: dict[str, Any] = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
+    if one_step:
+        how = {"num_inference_steps": 1, "guidance_scale": 0.0}
+    rows = []
+    for prompt in drawing.prompts:
+        noise = [torch.Generator("cpu").manual_seed(drawing.seed + number) for number in range(drawing.count)]
+        rows.append(list(pipeline(prompt, num_images_per_prompt=drawing.count, generator=noise, **how).images))
+    return rows
+
+
+def grid(prompts: Sequence[str], before: Sequence[Sequence[Image]], after: Sequence[Sequence[Image]]) -> Image:
+    """One picture: a row for each prompt, under its text; before on the left, after on the right."""
+    from PIL import Image, ImageDraw
+
+    images = [[_sized(image) for image in (*left, *right)] for left, right in zip(before, after, strict=True)]
+    count, (width, height) = len(before[0]), images[0][0].size
+    half = count * (width + _GAP)
+    picture = Image.new("RGB", (2 * half + 2 * _GAP, len(images) * (height + _TEXT + _GAP) + _TEXT), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((_GAP, 2), "before", fill="black")
+    pen.text((half + 2 * _GAP, 2), "after", fill="black")
+    for row, (prompt, drawn) in enumerate(zip(prompts, images, strict=True)):
+        top = _TEXT + row * (height + _TEXT + _GAP)
+        pen.text((_GAP, top + 2), _latin(prompt), fill="dimgray")
+        for column, image in enumerate(drawn):
+            left = _GAP + column * (width + _GAP) + (_GAP if column >= count else 0)
+            picture.paste(image, (left, top + _TEXT))
+    return picture
+
+
+def _sized(image: Image) -> Image:
+    from PIL import Image
+
+    if image.width < _SMALLEST:
+        scale = -(-_SMALLEST // image.width)
+        return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    if image.width > _LARGEST:
+        return image.resize((_LARGEST, image.height * _LARGEST // image.width), Image.Resampling.LANCZOS)
+    return image
+
+
+def _latin(text: str) -> str:
+    """As far as the built-in font goes."""
+    return text.encode("latin-1", "replace").decode("latin-1")

@@ -1,0 +1,235 @@
+"""PipelineFolder: a diffusers folder with a UNet2DConditionModel, looked at before anything of it is loaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pecker_fast.checkpoint import StrPath, read_json, read_safetensors
+from pecker_fast.concepts.support import check_index, check_prediction, check_safetensors, check_unet, weights_file
+from pecker_fast.delta import Ledger
+from pecker_fast.errors import FileFormatError
+from pecker_fast.models.one_step_scheduler import diffusers_library
+from pecker_fast.schedule import NoiseSchedule
+from pecker_fast.score_model import PREDICTION_TYPES
+
+INDEX = "model_index.json"
+MISSING = "pipelines need transformers, which is not installed; run: pip install pecker_fast[diffusers]"
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A text-to-image pipeline on the disk: one text encoder and one UNet2DConditionModel.
+
+    Attributes:
+        path: The folder.
+        index: ``model_index.json``.
+        unet_config: ``unet/config.json``.
+        scheduler_config: ``scheduler/scheduler_config.json``.
+        prediction_type: "epsilon" or "v_prediction": what the UNet predicts.
+    """
+
+    path: Path
+    index: dict[str, Any]
+    unet_config: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    prediction_type: str
+
+    @staticmethod
+    def is_one(folder: StrPath) -> bool:
+        """Whether it says that it is a pipeline."""
+        return (Path(folder) / INDEX).is_file()
+
+    @classmethod
+    def read(cls, folder: StrPath) -> PipelineFolder:
+        """Look at a folder; no weights are read.
+
+        Raises:
+            FileFormatError: It is no pipeline, or one that is not supported; what is wrong is named.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise FileFormatError(f"{path}: no such folder; expected a pipeline that diffusers saved")
+        if not cls.is_one(path):
+            raise FileFormatError(
+                f"{path}: has no {INDEX}; expected a pipeline that diffusers saved (a "
+                f"class-conditional model forgets classes: --forget_class)"
+            )
+        index = read_json(path / INDEX)
+        check_index(path, index)
+        unet_config = read_json(path / "unet" / "config.json")
+        check_unet(path / "unet" / "config.json", unet_config)
+        weights_file(path / "unet")
+        for component in ("text_encoder", "vae"):
+            check_safetensors(path / component)
+        settings = path / "scheduler" / "scheduler_config.json"
+        scheduler_config = read_json(settings)
+        return cls(path, index, unet_config, scheduler_config, check_prediction(settings, scheduler_config))
+
+    @property
+    def t_init(self) -> int | None:
+        """Timestep at which it starts where it is a one-step generator, as its scheduler says; else None."""
+        config = self.scheduler_config
+        one_step = config.get("timestep_spacing") == "trailing" and isinstance(config.get("trained_betas"), list)
+        return len(config["trained_betas"]) - 1 if one_step else None
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the latents."""
+        size = self.unet_config["sample_size"]
+        height, width = size if isinstance(size, list) else (size, size)
+        return int(self.unet_config.get("in_channels", 4)), height, width
+
+    @property
+    def components(self) -> set[str]:
+        """Names of the folders that make up the pipeline."""
+        return {
+            name
+            for name, value in self.index.items()
+            if name.isidentifier() and isinstance(value, list) and (self.path / name).is_dir()
+        }
+
+    @property
+    def weights_file(self) -> Path:
+        """The UNet's weights."""
+        return weights_file(self.path / "unet")
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the UNet's weights, from the file's header alone.
+
+        Raises:
+            FileFormatError: The file is damaged.
+        """
+        try:
+            with safe_open(self.weights_file, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise FileFormatError(f"{self.weights_file}: truncated or not a safetensors file ({error})") from error
+
+    @property
+    def ledger(self) -> Ledger:
+        """The deltas that the UNet is said to carry."""
+        return Ledger.load(self.path / "unet")
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The UNet's weights as they are stored, on the CPU.
+
+        Raises:
+            FileFormatError: The file is damaged.
+        """
+        return read_safetensors(self.weights_file)[0]
+
+    def unet(self, tensors: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
+        """The UNet2DConditionModel in eval mode, on the CPU.
+
+        Args:
+            tensors: Its weights, of which it gets copies; None reads them from the folder.
+            dtype: To convert to; None leaves each weight as it is stored.
+
+        Raises:
+            FileFormatError: The weights do not fit ``unet/config.json``.
+            ImportError: diffusers is not installed.
+        """
+        with torch.device("meta"):
+            unet = self.empty_unet()
+        given = self.tensors() if tensors is None else {name: tensor.clone() for name, tensor in tensors.items()}
+        try:
+            unet.load_state_dict(given, assign=True)
+        except RuntimeError as error:
+            raise FileFormatError(f"{self.weights_file}: does not fit unet/config.json: {error}") from error
+        return unet.to(dtype=dtype).eval() if dtype is not None else unet.eval()
+
+    def empty_unet(self) -> nn.Module:
+        """The UNet2DConditionModel with weights that nobody has set, on torch's default device.
+
+        Raises:
+            ImportError: diffusers is not installed.
+        """
+        unet: nn.Module = diffusers_library().UNet2DConditionModel.from_config(self.unet_config)
+        return unet
+
+    def scheduler(self) -> Any:
+        """The pipeline's own scheduler.
+
+        Raises:
+            FileFormatError: diffusers has no such scheduler.
+            ImportError: diffusers is not installed.
+        """
+        name = self.index["scheduler"][1]
+        kind = getattr(diffusers_library(), name, None)
+        if kind is None:
+            raise FileFormatError(f"{self.path / INDEX}: this diffusers has no scheduler {name!r}")
+        return kind.from_config(self.scheduler_config)
+
+    def schedule(self) -> NoiseSchedule:
+        """Its table of alphas.
+
+        Raises:
+            TypeError, ValueError: The scheduler has none, or one that does not decrease within (0, 1).
+        """
+        return NoiseSchedule.from_diffusers(self.scheduler(), PREDICTION_TYPES)
+
+    def tokenizer(self) -> Any:
+        """The pipeline's own tokenizer.
+
+        Raises:
+            FileFormatError: It cannot be read.
+            ImportError: transformers is not installed.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            raise ImportError(MISSING) from error
+        name = self.index["tokenizer"][1]
+        kind = getattr(transformers, name, None)
+        if kind is None or "Tokenizer" not in name:
+            raise FileFormatError(f"{self.path / INDEX}: this transformers has no tokenizer {name!r}")
+        try:
+            return kind.from_pretrained(self.path / "tokenizer", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise FileFormatError(f"{self.path / 'tokenizer'}: cannot be read ({error})") from error
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the tokenizer would cut.
+
+        Raises:
+            FileFormatError: The tokenizer cannot be read.
+            ValueError: A prompt is too long; it is named, with its tokens and the limit.
+        """
+        tokenizer = self.tokenizer()
+        limit, special = tokenizer.model_max_length, len(tokenizer("").input_ids)
+        for prompt in prompts:
+            tokens = len(tokenizer(prompt, truncation=False).input_ids)
+            if tokens > limit:
+                raise ValueError(
+                    f"prompt {_short(prompt)!r} has {tokens - special} tokens, the tokenizer of {self.path} takes "
+                    f"{limit - special}; shorten it: nothing is cut silently"
+                )
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no advice from diffusers and transformers for the rest of the process.
+
+    Raises:
+        ImportError: One of them is not installed.
+    """
+    diffusers_library().utils.logging.disable_progress_bar()
+    diffusers_library().utils.logging.set_verbosity_error()
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(MISSING) from error
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 100 else prompt[:97] + "..."

@@ -1,0 +1,115 @@
+"""A request to erase: which prompts are forgotten, and what is drawn in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pecker_fast.concepts.prompts import TEMPLATES, contains, fill, replace_concepts
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """What is erased.
+
+    Attributes:
+        concepts: Words for people and for the model card; empty where prompts alone were given.
+        forget: Prompts to forget.
+        override: What the frozen model is asked for in their place: one prompt for each, one for all, or None.
+    """
+
+    concepts: tuple[str, ...]
+    forget: tuple[str, ...]
+    override: tuple[str, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        concept: str | None = None,
+        override_concept: str | None = None,
+        *,
+        forget: Sequence[str] | None = None,
+        override: Sequence[str] | None = None,
+        templates: Sequence[str] = TEMPLATES,
+    ) -> Erasure:
+        """From a concept, from prompts, or from both.
+
+        Args:
+            concept: What to erase; several are separated by ";".
+            override_concept: What takes its place in each forgotten prompt: one for each concept, or one for all.
+            forget: Prompts to forget, which must contain the concept if there is one; None fills ``templates``.
+            override: Prompts that take their place, one for each or one for all, instead of ``override_concept``.
+            templates: With "{}" where the concept stands.
+
+        Raises:
+            ValueError: Neither a concept nor prompts; an empty prompt; a prompt without the concept; another number
+                of overrides; both kinds of override; an override that still has the concept in it.
+        """
+        concepts = _split("the concept to erase", concept) if concept is not None else ()
+        if not concepts and forget is None:
+            raise ValueError("nothing to erase: give a concept (--erase_concept) or prompts (--forget_prompts)")
+        prompts = [prompt for each in concepts for prompt in fill(templates, each)] if forget is None else list(forget)
+        prompts = list(dict.fromkeys(_stripped("forget", prompts)))
+        for prompt in prompts:
+            if concepts and not any(contains(prompt, each) for each in concepts):
+                raise ValueError(f"prompt {prompt!r} is to be forgotten, but does not contain {_either(concepts)}")
+        if override_concept is not None and override is not None:
+            raise ValueError("overrides are given twice; give --override_concept or --override_prompts")
+        if override_concept is not None:
+            return cls(concepts, tuple(prompts), _replaced(prompts, concepts, override_concept))
+        if override is None:
+            return cls(concepts, tuple(prompts), None)
+        given = _stripped("override", override)
+        listed = prompts if forget is None else _stripped("forget", forget)
+        if len(given) not in (1, len(listed)):
+            raise ValueError(
+                f"override prompts: expected one for each of the {len(listed)} forgotten ones, line by line, or one "
+                f"for all, got {len(given)}"
+            )
+        each = given * len(listed) if len(given) == 1 else given
+        return cls(concepts, tuple(prompts), _first(listed, each))
+
+
+def _replaced(prompts: Sequence[str], concepts: tuple[str, ...], text: str) -> tuple[str, ...]:
+    if not concepts:
+        raise ValueError("an override concept takes the place of a concept; give --erase_concept too")
+    targets = _split("the override concept", text)
+    if len(targets) not in (1, len(concepts)):
+        raise ValueError(
+            f"the override concept: expected one, or one for each of the {len(concepts)} erased, got {len(targets)}"
+        )
+    each = targets * len(concepts) if len(targets) == 1 else targets
+    replacements = dict(zip(concepts, each, strict=True))
+    for target in targets:
+        if named := [concept for concept in concepts if contains(target, concept)]:
+            raise ValueError(f"the override concept {target!r} contains {named[0]!r}, which is to be erased")
+    return tuple(replace_concepts(prompt, replacements) for prompt in prompts)
+
+
+def _first(forget: Sequence[str], override: Sequence[str]) -> tuple[str, ...]:
+    """The override of each forgotten prompt, in order of its first line."""
+    found: dict[str, str] = {}
+    for prompt, target in zip(forget, override, strict=True):
+        if found.setdefault(prompt, target) != target:
+            raise ValueError(f"prompt {prompt!r} has two overrides: {found[prompt]!r} and {target!r}")
+    return tuple(found.values())
+
+
+def _split(what: str, text: str) -> tuple[str, ...]:
+    parts = [part.strip() for part in text.split(";")]
+    if not all(parts):
+        raise ValueError(f"{what}: expected words, or several concepts separated by ';', got {text!r}")
+    return tuple(dict.fromkeys(parts)) if what.startswith("the concept") else tuple(parts)
+
+
+def _stripped(what: str, prompts: Sequence[str]) -> list[str]:
+    if not prompts:
+        raise ValueError(f"{what} prompts: expected at least one, got none")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise ValueError(f"{what} prompts: prompt {number} is empty; the empty prompt cannot be asked for")
+    return [prompt.strip() for prompt in prompts]
+
+
+def _either(concepts: Sequence[str]) -> str:
+    return " or ".join(map(repr, concepts))

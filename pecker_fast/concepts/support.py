@@ -1,0 +1,130 @@
+"""Which pipelines can be made to forget, by their settings alone: nothing is loaded to find out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pecker_fast.errors import FileFormatError
+from pecker_fast.score_model import PREDICTION_TYPES
+
+NEEDED = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
+"""Components that are read."""
+_SECOND = ("tokenizer_2", "text_encoder_2", "text_encoder_3", "image_encoder", "transformer", "prior")
+_CONDITIONS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "num_class_embeds",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+    "projection_class_embeddings_input_dim",
+)
+"""Settings of a UNet that takes more than (x_t, t, prompt)."""
+
+
+def check_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse pipelines with other components than Stable Diffusion 1.x and 2.x have.
+
+    Raises:
+        FileFormatError: One is missing, or there is one that we would not ask.
+    """
+    name = index.get("_class_name", "a pipeline without a name")
+    for component in _SECOND:
+        if _class_of(index, component) is not None:
+            raise FileFormatError(
+                f"{folder}: {name} has {component}; supported are pipelines with one text encoder and a "
+                f"UNet2DConditionModel, such as Stable Diffusion 1.x and 2.x"
+            )
+    for component in NEEDED:
+        if _class_of(index, component) is None:
+            raise FileFormatError(f"{folder}: {name} has no {component} in model_index.json; expected {NEEDED}")
+        if not (folder / component).is_dir():
+            raise FileFormatError(f"{folder / component}: no such folder, but model_index.json names it")
+    if (got := _class_of(index, "unet")) != "UNet2DConditionModel":
+        raise FileFormatError(f"{folder}: its unet is a {got}; expected a UNet2DConditionModel")
+
+
+def check_unet(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a UNet that takes or gives something else than latents, a timestep and a prompt.
+
+    Raises:
+        FileFormatError: It does; the setting is named.
+    """
+    for name in _CONDITIONS:
+        if config.get(name) is not None:
+            raise FileFormatError(
+                f"{file}: {name} is {config[name]!r}: this UNet needs more than a prompt (as Stable Diffusion XL and "
+                f"others do), which is not supported; expected None"
+            )
+    channels, out = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != out:
+        raise FileFormatError(
+            f"{file}: takes {channels} channels and gives {out}: it is for inpainting, upscaling or editing; expected "
+            f"a text-to-image UNet, with as many out as in"
+        )
+    size = config.get("sample_size")
+    pair = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+    if not (pair or (isinstance(size, int) and size > 0)):
+        raise FileFormatError(f"{file}: sample_size is {size!r}; expected the latents' size, such as 64")
+
+
+def check_prediction(file: Path, config: Mapping[str, Any]) -> str:
+    """What the UNet predicts.
+
+    Raises:
+        FileFormatError: Neither the noise nor v.
+    """
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTION_TYPES:
+        raise FileFormatError(f"{file}: prediction_type is {prediction!r}; expected {' or '.join(PREDICTION_TYPES)}")
+    return str(prediction)
+
+
+def weights_file(folder: Path) -> Path:
+    """The one safetensors file of a component.
+
+    Raises:
+        FileFormatError: It is missing: in several files, a variant, or in an older format.
+    """
+    name = "diffusion_pytorch_model"
+    file = folder / f"{name}.safetensors"
+    if file.is_file():
+        return file
+    if (folder / f"{file.name}.index.json").is_file():
+        raise FileFormatError(
+            f"{folder}: its weights are in several files; save it again with save_pretrained(..., "
+            f'max_shard_size="100GB")'
+        )
+    if variants := sorted(path.name for path in folder.glob(f"{name}.*.safetensors")):
+        raise FileFormatError(
+            f"{file}: no such file, only {variants[0]}; copy the folder with that file under this name, or save the "
+            f"pipeline again without a variant"
+        )
+    check_safetensors(folder)
+    raise FileFormatError(f"{file}: no such file")
+
+
+def check_safetensors(folder: Path) -> None:
+    """Refuse a component whose weights are pickled.
+
+    Raises:
+        FileFormatError: They are, or there are none.
+    """
+    if any(folder.glob("*.safetensors")):
+        return
+    if pickled := sorted(path.name for path in folder.glob("*.bin")):
+        raise FileFormatError(
+            f"{folder}: has {pickled[0]} alone, a pickle, which is not opened; convert it where you trust it: "
+            f"StableDiffusionPipeline.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
+        )
+    raise FileFormatError(f"{folder}: has no safetensors file")
+
+
+def _class_of(index: Mapping[str, Any], component: str) -> str | None:
+    """What model_index.json says: [library, class], or nulls where there is none."""
+    match index.get(component):
+        case [str(), str(name)]:
+            return name
+    return None
