@@ -163,7 +163,7 @@ def recognised(pipe: StableDiffusionPipeline, samples: int, steps: int = 20) -> 
     return shares
 
 
-def main(output_dir: Path, max_train_steps: int = 2000, seed: int = 0, short: bool = False) -> dict[str, float]:
+def main(output_dir: Path, max_train_steps: int = 1500, seed: int = 0, short: bool = False) -> dict[str, float]:
     torch.manual_seed(seed)
     started = time.perf_counter()
     images, labels = load_images()
@@ -181,7 +181,7 @@ def main(output_dir: Path, max_train_steps: int = 2000, seed: int = 0, short: bo
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_train_steps", type=int, default=2000)
+    parser.add_argument("--max_train_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="a few steps, to see that everything runs")
     main(**vars(parser.parse_args()))

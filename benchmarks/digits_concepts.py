@@ -1,0 +1,256 @@
+"""A Stable Diffusion of digits forgets "three", by prompt, in every way that pipelines have: docs/results/concepts.md.
+
+Everything is done by the example script and the public commands, and in parts: those that OUT has are not done again.
+Needs no network, no GPU, and about 20 minutes of two cores.
+
+python benchmarks/digits_concepts.py --output_dir OUT [--seeds 0 1 2] [--results_dir docs/results/concepts]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+import digits_pipelines as digits  # noqa: E402
+import torch  # noqa: E402
+
+from pecker_fast import NoiseSchedule  # noqa: E402
+from pecker_fast.checkpoint import read_json, write_json  # noqa: E402
+from pecker_fast.demo import versions  # noqa: E402
+
+FORGET, OVERRIDE = 3, 8
+SAMPLES = 100
+PROMPTS = ROOT / "examples" / "prompts"
+SHARED: dict[str, Any] = {
+    "forget_prompts": PROMPTS / "digits_forget.txt",
+    "override_prompts": PROMPTS / "digits_override.txt",
+    "retain_prompts": PROMPTS / "digits_retain.txt",
+    "train_batch_size": 64,
+    "forget_batch_size": 16,
+    "num_validation_images": 0,
+}
+PECKER: dict[str, Any] = {
+    "method": "pecker",
+    "mask_density": 0.25,
+    "fake_score_mask": "dense",
+    "max_train_steps": 150,
+    "generator_lr": 5e-4,
+    "fake_score_lr": 5e-4,
+    "lr_warmup_steps": 10,
+    "ema_decay": 0.98,
+    "t_init": 700,
+    "t_min": 20,
+    "t_max": 950,
+    "forget_weight": 0.05,
+    "guidance_scale": (1.0, 1.0, 2.0),
+}
+ESD: dict[str, Any] = {
+    "method": "esd",
+    "mask_density": 0.25,
+    "max_train_steps": 100,
+    "learning_rate": 5e-4,
+    "retain_weight": 1.0,
+    "num_inference_steps": 20,
+}
+SALUN: dict[str, Any] = {
+    "method": "salun",
+    "mask_density": 0.25,
+    "max_train_steps": 100,
+    "learning_rate": 5e-4,
+    "latents_per_prompt": 16,
+    "guidance_scale": 3.0,
+    "num_inference_steps": 20,
+}
+RANDOM = {"mask": "random"}
+RUNS: dict[str, dict[str, Any]] = {
+    "pecker": PECKER,
+    "esd": ESD,
+    "salun": SALUN,
+    "pecker, random mask": PECKER | RANDOM,
+    "esd, random mask": ESD | RANDOM,
+    "salun, random mask": SALUN | RANDOM,
+    "sfd": {name: value for name, value in PECKER.items() if "mask" not in name} | {"method": "sfd"},
+}
+"""What is compared -> its flags of ``pecker-fast unlearn``."""
+
+
+class Study:
+    """Parts that are done once, each with its seconds in a file of its own.
+
+    Args:
+        folder: Where they are.
+        short: A few steps of everything, to see that it works.
+    """
+
+    def __init__(self, folder: Path, short: bool = False) -> None:
+        self.folder = folder
+        self.short = short
+        self.samples = 5 if short else SAMPLES
+        self.pipeline = folder / "pipeline"
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+
+    def part(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``work`` found, now or earlier."""
+        path = self.folder / "parts" / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+        if not path.exists():
+            print(f"{name} ...", flush=True)
+            started = time.perf_counter()
+            found = work()
+            write_json(path, {**found, "seconds": time.perf_counter() - started})
+        return read_json(path)
+
+    def train(self) -> dict[str, Any]:
+        """The pipeline."""
+        script = ROOT / "examples" / "train_digits_pipeline.py"
+        command(script, "--output_dir", self.pipeline, *(["--short"] if self.short else []))
+        return {}
+
+    def unlearn(self, name: str, seed: int) -> dict[str, Any]:
+        """One erasure, by the command line."""
+        flags = SHARED | RUNS[name] | {"seed": seed} | ({"max_train_steps": 2} if self.short else {})
+        folder = self.run_folder(name, seed)
+        shutil.rmtree(folder, ignore_errors=True)
+        pecker_fast("unlearn", "--pretrained_model_name_or_path", self.pipeline, "--output_dir", folder, flags=flags)
+        return {"flags": {key: str(value) for key, value in flags.items() if key not in SHARED or key == "seed"}}
+
+    def judge(self, folder: Path) -> dict[str, Any]:
+        """What its prompts give."""
+        return {"seen": digits.judged(digits.load(folder), self.samples)}
+
+    def attack(self, folder: Path) -> dict[str, Any]:
+        """Few-shot relearning."""
+        schedule = NoiseSchedule.from_diffusers(digits.load(self.pipeline).scheduler)
+        return digits.relearned(digits.load(folder), FORGET, schedule)
+
+    def reload(self, folder: Path) -> dict[str, Any]:
+        """The same images here and in another process."""
+        here = digits.fingerprint(digits.load(folder))
+        there = command(HERE / "digits_pipelines.py", folder).stdout.split()[-1]
+        return {"sha256": here, "same_in_new_process": here == there}
+
+    def switch(self, folder: Path) -> dict[str, Any]:
+        """The delta applied to the original is the result, and reverted from it the original, to the bit."""
+        before, after = self.pipeline / "unet", folder / "model" / "unet"
+        applied, reverted = folder / "applied", folder / "reverted"
+        pecker_fast("delta", "apply", "--model", before, "--delta", folder / "delta", "--output_dir", applied)
+        pecker_fast("delta", "revert", "--model", after, "--delta", folder / "delta", "--output_dir", reverted)
+        size = sum(file.stat().st_size for file in (folder / "delta").iterdir())
+        return {
+            "applied_bit_for_bit": same_weights(applied, after),
+            "reverted_bit_for_bit": same_weights(reverted, before),
+            "delta_bytes": size,
+            "unet_bytes": sum(file.stat().st_size for file in before.iterdir()),
+        }
+
+    def run_folder(self, name: str, seed: int) -> Path:
+        """Where a run's output is."""
+        return self.folder / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+    def run(self, name: str, seed: int) -> dict[str, Any]:
+        """Everything about one erasure."""
+        folder = self.run_folder(name, seed)
+        parts = {
+            "unlearn": lambda: self.unlearn(name, seed),
+            "judged": lambda: self.judge(folder / "model"),
+            "relearned": lambda: self.attack(folder / "model"),
+            "reloaded": lambda: self.reload(folder / "model"),
+            "delta": lambda: self.switch(folder),
+        }
+        return {part: self.part(f"{name} {seed} {part}", work) for part, work in parts.items()}
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run python; what it says on stderr is shown."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    )
+
+
+def pecker_fast(*arguments: object, flags: dict[str, Any] | None = None) -> None:
+    """Run a command of ours."""
+    given: list[object] = []
+    for name, value in (flags or {}).items():
+        given += [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
+    command("-m", "pecker_fast", *arguments, *given, "--quiet")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two model folders have the same weights, bit for bit."""
+    return len({digest(folder) for folder in (one, other)}) == 1
+
+
+def digest(folder: Path) -> str:
+    """Of all tensors of a folder by name: a file's header may have them in another order."""
+    from safetensors.torch import load_file
+
+    weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        found.update(name.encode() + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def main(output_dir: Path, seeds: Sequence[int] = (0,), results_dir: Path | None = None, short: bool = False) -> None:
+    """Do what is left to do, and write the results."""
+    study = Study(output_dir, short)
+    pipeline = study.part("pipeline", study.train)
+    before = {
+        "judged": study.part("before judged", lambda: study.judge(study.pipeline)),
+        "reloaded": study.part("before reloaded", lambda: study.reload(study.pipeline)),
+    }
+    runs = {name: {str(seed): study.run(name, seed) for seed in seeds} for name in RUNS}
+    results = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {**versions(), **library_versions()},
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "forget": FORGET,
+        "override": OVERRIDE,
+        "samples": study.samples,
+        "sampling": {"many_steps": digits.MANY_STEPS, "one_step": digits.ONE_STEP},
+        "attack": {**digits.ATTACK, "images": digits.ATTACK_IMAGES},
+        "pipeline": pipeline,
+        "before": before,
+        "runs": runs,
+    }
+    write_json(output_dir / "concepts.json", results)
+    import digits_concepts_tables as tables
+
+    grid = study.folder / "before_after.png"
+    tables.picture(study.pipeline, {name: study.run_folder(name, seeds[0]) / "model" for name in tables.SHOWN}, grid)
+    print(tables.everything(results))
+    if results_dir is not None:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        for file in (output_dir / "concepts.json", grid):
+            shutil.copyfile(file, results_dir / file.name)
+
+
+def library_versions() -> dict[str, str]:
+    """Of what pipelines are made of."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("diffusers", "transformers", "scikit-learn")}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--results_dir", type=Path)
+    parser.add_argument("--short", action="store_true", help="a few steps of everything, to see that it works")
+    main(**vars(parser.parse_args()))
