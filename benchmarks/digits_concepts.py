@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -124,8 +125,11 @@ class Study:
         flags = SHARED | RUNS[name] | {"seed": seed} | ({"max_train_steps": 2} if self.short else {})
         folder = self.run_folder(name, seed)
         shutil.rmtree(folder, ignore_errors=True)
-        pecker_fast("unlearn", "--pretrained_model_name_or_path", self.pipeline, "--output_dir", folder, flags=flags)
-        return {"flags": {key: str(value) for key, value in flags.items() if key not in SHARED or key == "seed"}}
+        base = ("--pretrained_model_name_or_path", self.pipeline)
+        said = pecker_fast("unlearn", *base, "--output_dir", folder, flags=flags)
+        kept = ("one_step", "density", "trainable_parameters", "parameters", "step")
+        settings = {name: str(value) for name, value in flags.items() if not name.endswith("_prompts")}
+        return {"flags": settings, "training_seconds": said["seconds"]} | {name: said[name] for name in kept}
 
     def judge(self, folder: Path) -> dict[str, Any]:
         """What its prompts give."""
@@ -181,12 +185,13 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def pecker_fast(*arguments: object, flags: dict[str, Any] | None = None) -> None:
-    """Run a command of ours."""
+def pecker_fast(*arguments: object, flags: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run a command of ours; what it says."""
     given: list[object] = []
     for name, value in (flags or {}).items():
         given += [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
-    command("-m", "pecker_fast", *arguments, *given, "--quiet")
+    said = command("-m", "pecker_fast", *arguments, *given, "--quiet", "--json").stdout
+    return dict(json.loads(said))
 
 
 def same_weights(one: Path, other: Path) -> bool:
