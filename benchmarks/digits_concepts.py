@@ -38,13 +38,14 @@ SAMPLES = 100
 PROMPTS = ROOT / "examples" / "prompts"
 SHARED: dict[str, Any] = {
     "forget_prompts": PROMPTS / "digits_forget.txt",
-    "override_prompts": PROMPTS / "digits_override.txt",
     "retain_prompts": PROMPTS / "digits_retain.txt",
     "train_batch_size": 64,
     "forget_batch_size": 16,
     "num_validation_images": 0,
 }
+INSTEAD = {"override_prompts": PROMPTS / "digits_override.txt"}
 PECKER: dict[str, Any] = {
+    **INSTEAD,
     "method": "pecker",
     "mask_density": 0.25,
     "fake_score_mask": "dense",
@@ -68,6 +69,7 @@ ESD: dict[str, Any] = {
     "num_inference_steps": 20,
 }
 SALUN: dict[str, Any] = {
+    **INSTEAD,
     "method": "salun",
     "mask_density": 0.25,
     "max_train_steps": 100,
@@ -77,6 +79,7 @@ SALUN: dict[str, Any] = {
     "num_inference_steps": 20,
 }
 RANDOM = {"mask": "random"}
+SHORT = {"max_train_steps": 1, "train_batch_size": 4, "forget_batch_size": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "pecker": PECKER,
     "esd": ESD,
@@ -100,7 +103,7 @@ class Study:
     def __init__(self, folder: Path, short: bool = False) -> None:
         self.folder = folder
         self.short = short
-        self.samples = 5 if short else SAMPLES
+        self.samples = 2 if short else SAMPLES
         self.pipeline = folder / "pipeline"
         (folder / "parts").mkdir(parents=True, exist_ok=True)
 
@@ -122,7 +125,7 @@ class Study:
 
     def unlearn(self, name: str, seed: int) -> dict[str, Any]:
         """One erasure, by the command line."""
-        flags = SHARED | RUNS[name] | {"seed": seed} | ({"max_train_steps": 2} if self.short else {})
+        flags = SHARED | RUNS[name] | {"seed": seed} | (SHORT if self.short else {})
         folder = self.run_folder(name, seed)
         shutil.rmtree(folder, ignore_errors=True)
         base = ("--pretrained_model_name_or_path", self.pipeline)

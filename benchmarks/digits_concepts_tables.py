@@ -46,7 +46,7 @@ def erasures(results: Mapping[str, Any]) -> str:
                 f"{command['trainable_parameters']:,} ({command['density']:.0%})",
                 *_unlearned(results, [run["judged"] for run in runs]),
                 f"{kept:.1%}",
-                f"{kept / before:.2f}",
+                f"{kept / before:.2f}" if before else "",
                 ", ".join(_back(results, run["relearned"]) for run in runs),
                 f"{fmean(run['unlearn']['training_seconds'] for run in runs):.0f}",
             ]

@@ -16,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers looks
 import torch
 import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor, nn
 
 from pecker_fast import NoiseSchedule
@@ -33,6 +34,7 @@ ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0}
 ATTACK: dict[str, Any] = {"max_steps": 200, "every": 5, "lr": 1e-4, "batch_size": 32, "samples": 40}
 ATTACK_IMAGES = 10
 _BATCH = 250
+disable_progress_bar()  # of loading
 
 
 def load(folder: Path) -> StableDiffusionPipeline:
@@ -78,7 +80,7 @@ def judged(pipe: StableDiffusionPipeline, samples: int) -> list[list[int]]:
 
 def fingerprint(pipe: StableDiffusionPipeline) -> str:
     """SHA-256 of the bytes of a few images of every digit."""
-    return hashlib.sha256(draw(pipe, 5).contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(draw(pipe, 2).contiguous().numpy().tobytes()).hexdigest()
 
 
 class PromptedUNet(nn.Module):

@@ -94,7 +94,7 @@ def make_pipeline() -> StableDiffusionPipeline:
 
 
 def load_images() -> tuple[Tensor, Tensor]:
-    """The digits, (1797, 3, 16, 16) in [-1, 1], twice their size and in three channels as the VAE wants them."""
+    """The digits, (1797, 3, 16, 16) in [-1, 1], twice their size and in three channels, and their labels."""
     data = load_digits()
     images = F.interpolate(data.images, scale_factor=2, mode="bicubic").clamp(-1, 1)
     return images.expand(-1, 3, -1, -1).contiguous(), data.labels
@@ -165,8 +165,9 @@ def recognised(pipe: StableDiffusionPipeline, samples: int, steps: int, judge: t
 def main(output_dir: Path, max_train_steps: int = 1500, seed: int = 0, short: bool = False) -> dict[str, float]:
     torch.manual_seed(seed)
     images, labels = load_images()
-    pipe = make_pipeline()
-    batch_size = 8 if short else 64
+    pipe, batch_size = make_pipeline(), 64
+    if short:
+        images, labels, batch_size = images[:50], labels[:50], 8
     train_vae(pipe.vae, images, 2 if short else 400, batch_size)
     train_unet(pipe, images, labels, 2 if short else max_train_steps, batch_size)
     pipe.save_pretrained(output_dir)
