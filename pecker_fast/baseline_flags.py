@@ -56,7 +56,8 @@ def method_flag(parser: argparse.ArgumentParser) -> None:
         default=DISTILL,
         metavar="METHOD",
         help=f"{', '.join(CHOICES)} ({DISTILL}, also called pecker; sfd is the same with --mask dense); all others "
-        f"leave a model of many steps, and train every weight of it unless --mask says otherwise or the method is {SALUN}",
+        f"leave a model of many steps, and train every weight of it unless --mask says otherwise or the method is "
+        f"{SALUN}",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,10 +77,11 @@ class Job:
         if earlier and is_one_step(options):
             plan = merged(plan, erasure, earlier, plan.retained_texts)
         make = distill_config if is_one_step(options) else baseline_config
-        config = make(_with_t_init(options, start), base, plan)
+        mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
+        config = make(_with_found(options, start, mask), base, plan)
         base.check_prompts([*plan.texts, *(options.validation_prompts or ())])
         torch_device(options.device)
-        job = cls(options, base, start, erasure, plan, config, _read_mask(options), earlier)
+        job = cls(options, base, start, erasure, plan, config, mask, earlier)
         job.check_mask()
         return job
 
@@ -130,11 +132,11 @@ class Job:
 
     def network(self, tensors: dict[str, Tensor]) -> nn.Module:
         """A UNet of these weights as it trains: in its dtype, on its device, perhaps with gradient checkpointing."""
-        unet = self.base.unet(tensors, self.dtype)
-        unet.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        unet: Any = self.base.unet(tensors, self.dtype)
         if self.options.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        return unet
+        placed: nn.Module = unet.to(self.device, memory_format=torch.channels_last)
+        return placed
 
     def check_mask(self) -> None:
         """Refuse a given mask of another network, or with weights that an earlier erasure changed.
@@ -175,10 +177,14 @@ def _generator(options: argparse.Namespace, base: PipelineFolder) -> PipelineFol
     return start
 
 
-def _with_t_init(options: argparse.Namespace, start: PipelineFolder) -> argparse.Namespace:
-    if start.t_init is None or not is_one_step(options):
-        return options
-    return argparse.Namespace(**vars(options) | {"t_init": start.t_init})
+def _with_found(options: argparse.Namespace, start: PipelineFolder, mask: BlockMask | None) -> argparse.Namespace:
+    """The flags, and what the folders and files that they name say in place of some."""
+    found: dict[str, Any] = {}
+    if start.t_init is not None:
+        found["t_init"] = start.t_init
+    if mask is not None:
+        found["mask_density"] = mask.density_asked
+    return argparse.Namespace(**vars(options) | found)
 
 
 def _check_earlier(options: argparse.Namespace, earlier: tuple[EarlierErasure, ...]) -> None:
@@ -196,7 +202,3 @@ def _check_earlier(options: argparse.Namespace, earlier: tuple[EarlierErasure, .
 
 def _masked(options: argparse.Namespace) -> bool:
     return any(getattr(options, flag) is not None for flag in ("mask", "mask_density", "mask_path"))
-
-
-def _read_mask(options: argparse.Namespace) -> BlockMask | None:
-    return None if options.mask_path is None else BlockMask.load(options.mask_path)

@@ -61,9 +61,8 @@ def _write_picture(job: Job, model: Path) -> bool:
     if count == 0:
         return False
     chosen = options.validation_prompts or [*job.erasure.forget[:2], *job.plan.retained_texts[:2]]
-    dtype = torch.float16 if job.device.type == "cuda" else torch.float32
     steps = options.validation_steps or 25
-    drawing = Drawing(tuple(chosen), count, options.seed or 0, steps, device=job.device, dtype=dtype)
+    drawing = Drawing(tuple(chosen), count, options.seed or 0, steps, device=job.device, dtype=job.dtype)
     before, after = draw(job.base.path, drawing), draw(model, drawing, one_step=job.one_step)
     grid(drawing.prompts, before, after).save(model / PICTURE)
     return True

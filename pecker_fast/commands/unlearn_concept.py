@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> Outcome:
     with atomic_folder(options.output_dir) as folder:
         tensors, ledger = job.start_weights()
         trained = _train(job, tensors)
-        gc.collect()  # the networks, before pictures are drawn
+        if options.num_validation_images != 0:
+            gc.collect()  # the networks, before pictures are drawn
         write_result(job, folder, tensors, ledger, trained.tensors, trained.mask)
         lines = "".join(json.dumps(dict(step)) + "\n" for step in trained.metrics)
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")

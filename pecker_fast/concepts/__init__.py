@@ -1,5 +1,6 @@
 """Concepts out of text-to-image pipelines: prompts, their labels, pipeline folders: docs/concepts.md."""
 
+from pecker_fast.concepts import recipe
 from pecker_fast.concepts.embedding import embed_prompts
 from pecker_fast.concepts.masters import replaced, start_masters
 from pecker_fast.concepts.output import extract_delta, write_pipeline
@@ -13,6 +14,7 @@ __all__ = [
     "PromptPlan",
     "embed_prompts",
     "extract_delta",
+    "recipe",
     "replaced",
     "start_masters",
     "write_pipeline",

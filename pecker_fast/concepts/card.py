@@ -25,7 +25,7 @@ _SAMPLE = """```python
 from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("{name}")
-image = pipeline("a photo of a cat", {how}).images[0]
+image = pipeline("a lake in the mountains", {how}).images[0]
 ```"""
 _LIMITS = """- Erased is not proven absent. Other words, other languages, embeddings that were optimised for it or a few
   steps of training may bring the concept back. Recovery was not tested here.

@@ -77,7 +77,7 @@ def extract_delta(
     ledger: Ledger,
     *,
     name: str,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
 ) -> tuple[Delta, Ledger]:
     """What changed, and the deltas that the result carries: those of ``ledger``, which stays as it is, and this one.
 

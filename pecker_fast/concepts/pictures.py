@@ -48,20 +48,11 @@ def draw(folder: Path, drawing: Drawing, *, one_step: bool = False) -> list[list
     Raises:
         ImportError: diffusers is not installed.
     """
-    pipeline = (
-        diffusers_library()
-        .StableDiffusionPipeline.from_pretrained(
-            folder,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-            torch_dtype=drawing.dtype,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-        .to(drawing.device)
+    absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    pipeline = diffusers_library().StableDiffusionPipeline.from_pretrained(
+        folder, **absent, requires_safety_checker=False, local_files_only=True, use_safetensors=True
     )
+    pipeline.to(drawing.device, drawing.dtype)
     pipeline.set_progress_bar_config(disable=True)
     how: dict[str, Any] = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
     if one_step:
@@ -80,15 +71,15 @@ def grid(prompts: Sequence[str], before: Sequence[Sequence[Image]], after: Seque
     images = [[_sized(image) for image in (*left, *right)] for left, right in zip(before, after, strict=True)]
     count, (width, height) = len(before[0]), images[0][0].size
     half = count * (width + _GAP)
-    picture = Image.new("RGB", (2 * half + 2 * _GAP, len(images) * (height + _TEXT + _GAP) + _TEXT), "white")
+    picture = Image.new("RGB", (2 * half + 4 * _GAP, len(images) * (height + _TEXT + _GAP) + _TEXT), "white")
     pen = ImageDraw.Draw(picture)
     pen.text((_GAP, 2), "before", fill="black")
-    pen.text((half + 2 * _GAP, 2), "after", fill="black")
+    pen.text((half + 4 * _GAP, 2), "after", fill="black")
     for row, (prompt, drawn) in enumerate(zip(prompts, images, strict=True)):
         top = _TEXT + row * (height + _TEXT + _GAP)
         pen.text((_GAP, top + 2), _latin(prompt), fill="dimgray")
         for column, image in enumerate(drawn):
-            left = _GAP + column * (width + _GAP) + (_GAP if column >= count else 0)
+            left = _GAP + column * (width + _GAP) + (3 * _GAP if column >= count else 0)
             picture.paste(image, (left, top + _TEXT))
     return picture
 

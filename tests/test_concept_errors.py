@@ -1,0 +1,150 @@
+"""What ``pecker-fast unlearn`` refuses of pipelines: in one clear line, before anything is loaded or written."""
+
+import json
+import shutil
+
+import pytest
+from pipelines import write_pipeline
+
+from pecker_fast.cli import main
+from pecker_fast.concepts import PipelineFolder
+from pecker_fast.concepts.plan import PromptPlan
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return write_pipeline(tmp_path_factory.mktemp("pipelines") / "base")
+
+
+@pytest.fixture
+def here(original, tmp_path, monkeypatch):
+    shutil.copytree(original, tmp_path / "base")
+    (tmp_path / "keep.txt").write_text("a dog\na red bird\n")
+    monkeypatch.chdir(tmp_path)
+
+    def loaded(*_):
+        raise AssertionError("weights were loaded")
+
+    for name in ("tensors", "unet"):
+        monkeypatch.setattr(PipelineFolder, name, loaded)
+    return tmp_path
+
+
+def refused(capsys, code, text, *flags, concept=("--erase_concept", "cat"), keep=("--retain_prompts", "keep.txt")):
+    before = ("unlearn", "--pretrained_model_name_or_path", "base", "--output_dir", "out", "--device", "cpu")
+    assert main([*before, *concept, *keep, *flags]) == code
+    error = capsys.readouterr().err
+    assert text in error, error
+    assert error.count("\n") == 1
+
+
+def change(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "text"),
+    [
+        ("model_index.json", {"unet": ["diffusers", "UNet2DModel"]}, "its unet is a UNet2DModel; expected"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has text_encoder_2; supported"),
+        ("model_index.json", {"vae": [None, None]}, "has no vae in model_index.json"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'"),
+        ("unet/config.json", {"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type is 'text_proj'"),
+        ("unet/config.json", {"num_class_embeds": 1000}, "num_class_embeds is 1000"),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and gives 4: it is for inpainting"),
+        ("unet/config.json", {"sample_size": None}, "sample_size is None"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type is 'sample'; expected eps"),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.1], "timestep_spacing": "trailing"}, "--init_gen"),
+    ],
+)
+def test_pipelines_that_are_not_supported(file, values, text, here, capsys):
+    change(here / "base" / file, **values)
+    refused(capsys, 3, text)
+    assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda base: shutil.rmtree(base), "base: no such folder"),
+        (lambda base: (base / "model_index.json").unlink(), "has no model_index.json; expected a pipeline"),
+        (lambda base: (base / "model_index.json").write_text("{"), "model_index.json: truncated or not JSON"),
+        (lambda base: shutil.rmtree(base / "tokenizer"), "base/tokenizer: no such folder"),
+        (
+            lambda base: (base / "unet/diffusion_pytorch_model.safetensors").rename(
+                base / "unet/diffusion_pytorch_model.bin"
+            ),
+            "diffusion_pytorch_model.bin alone, a pickle, which is not opened; convert it",
+        ),
+        (
+            lambda base: (base / "unet/diffusion_pytorch_model.safetensors").rename(
+                base / "unet/diffusion_pytorch_model.fp16.safetensors"
+            ),
+            "only diffusion_pytorch_model.fp16.safetensors; copy the folder",
+        ),
+        (lambda base: (base / "text_encoder/model.safetensors").unlink(), "text_encoder: has no safetensors file"),
+    ],
+)
+def test_folders_that_lack_something(spoil, text, here, capsys):
+    spoil(here / "base")
+    refused(capsys, 3, text)
+    assert not (here / "out").exists()
+
+
+LONG = "a photo of a cat with an extraordinarily long name"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "text"),
+    [
+        (["--forget_prompts", "none.txt"], 3, "none.txt: cannot be read"),
+        (["--forget_prompts", "empty.txt"], 3, "empty.txt: has no prompt"),
+        (["--forget_prompts", "keep.txt"], 2, "prompt 'a dog' is to be forgotten, but does not contain 'cat'"),
+        (["--validation_prompts", LONG], 2, f"prompt '{LONG}' has"),
+        (["--override_concept", "an extraordinarily long name"], 2, "the tokenizer of base takes 14; shorten it"),
+        (["--override_prompts", "keep.txt"], 2, "one for each of the 8 forgotten ones"),
+        (["--forget_class", "3"], 2, "--forget_class: is of class-conditional models"),
+        (["--stop_on", "ua>=0.9"], 2, "--stop_on: is of class-conditional models"),
+        (["--method", "gradient_ascent"], 2, "--method gradient_ascent: not for pipelines; take pecker, sfd, esd, sal"),
+        (["--method", "esd", "--override_concept", "dog"], 2, "--override_concept: has no say in --method esd"),
+        (["--method", "esd", "--t_init", "5"], 2, "--t_init: is of --method distill"),
+        (["--method", "salun", "--negative_prompt", "x"], 2, "--negative_prompt: is of a one-step generator"),
+        (["--method", "sfd", "--mask_density", "0.1"], 2, "--mask_density: has no say in --method sfd"),
+        (["--learning_rate", "1"], 2, "--learning_rate: has no say"),
+        (["--train_method", "xattn", "--mask_region", "decoder"], 2, "--mask_region: cannot be given with"),
+        (["--negative_in", "true_score"], 2, "--negative_in: says where --negative_prompt has a say"),
+        (["--guidance_scale", "1", "2"], 2, "--guidance_scale: expected one number, or three, got 2"),
+        (["--t_max", "2000"], 2, "2000"),
+        (["--earlier", "none"], 3, "none/delta"),
+        (["--mask_path", "none.safetensors"], 3, "none.safetensors"),
+        (["--init_generator", "none"], 3, "none: no such folder"),
+        (["--prompt_templates", "keep.txt"], 2, "has no {} for the concept"),
+    ],
+)
+def test_flags_and_prompts(flags, code, text, here, capsys):
+    (here / "empty.txt").write_text("# nothing\n")
+    refused(capsys, code, text, *flags)
+    assert not (here / "out").exists()
+
+
+def test_what_to_keep_is_needed(here, capsys):
+    refused(capsys, 2, "--retain_prompts: --method distill needs prompts to keep", keep=())
+    refused(capsys, 2, "nothing to erase: give a concept", concept=())
+    refused(capsys, 2, "'a dog' is to be forgotten and to be retained", concept=("--erase_concept", "a dog; cat"))
+
+
+def test_an_earlier_erasure_of_another_kind(here, capsys, monkeypatch):
+    from pecker_fast.concepts import record
+
+    plan = PromptPlan(("a",), (0,), None, ())
+    earlier = record.EarlierErasure(here / "before", None, plan, one_step=False)
+    monkeypatch.setattr(record.EarlierErasure, "read", classmethod(lambda cls, folder: earlier))
+    refused(capsys, 2, "is of an ordinary UNet, --method distill makes a one-step generator", "--earlier", "before")
+    refused(capsys, 2, "every weight would train", "--earlier", "before", "--method", "esd")
+
+
+def test_a_class_conditional_folder_takes_no_prompts(here, capsys):
+    (here / "base" / "model_index.json").unlink()
+    flags = ("--forget_class", "3", "--negative_prompt", "x")
+    refused(capsys, 2, "--negative_prompt: is of pipelines; this is a class", *flags, concept=(), keep=())
+    refused(capsys, 2, "--forget_class: is needed; name the classes", concept=(), keep=())

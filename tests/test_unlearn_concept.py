@@ -1,0 +1,217 @@
+"""``pecker-fast unlearn`` of a pipeline, end to end: what comes out, and that nothing else changed."""
+
+import functools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.models.resnet import ResnetBlock2D
+from PIL import Image
+from pipelines import write_pipeline
+
+from pecker_fast.checkpoint import read_safetensors
+from pecker_fast.cli import main
+from pecker_fast.concepts import PipelineFolder, embed_prompts
+from pecker_fast.delta import Delta, Ledger
+from pecker_fast.sampling import one_step_sample
+from pecker_fast.score_model import TextConditional
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "concepts.md"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+FLAGS = (
+    *("--erase_concept", "cat", "--retain_prompts", "keep.txt", "--max_train_steps", "1", "--train_batch_size", "1"),
+    *("--device", "cpu", "--block", "row", "--num_validation_images", "0", "--quiet", "--mask", "random"),
+)
+PECKER = ("--method", "pecker", "--override_concept", "dog", "--generator_lr", "1e-3", "--max_train_steps", "2")
+ESD = ("--method", "esd", "--mask_density", "0.2", "--num_inference_steps", "2", "--learning_rate", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("concepts")
+    for kind in ("epsilon", "v_prediction"):
+        write_pipeline(folder / kind, kind)
+    (folder / "keep.txt").write_text("a dog\nthe red bird\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def unlearn(out, *flags, base="epsilon", code=0):
+    torch.manual_seed(0)
+    source = ("--pretrained_model_name_or_path", base, "--output_dir", str(out))
+    assert main(["unlearn", *source, *FLAGS, *flags]) == code
+    return Path(out)
+
+
+@pytest.fixture(scope="module")
+def plain(place):
+    """A one-step generator, and how many ResNets were asked with gradients on."""
+    torch.set_num_threads(1)  # made before what conftest does for each test
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(place)
+        calls = counted(patched)
+        return place / unlearn("plain", *PECKER, "--checkpointing_steps", "1"), sum(calls)
+
+
+def counted(monkeypatch):
+    calls, forward = [], ResnetBlock2D.forward
+
+    def forward_and_count(self, *args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ResnetBlock2D, "forward", forward_and_count)
+    return calls
+
+
+def weights(folder):
+    return read_safetensors(folder / UNET)[0]
+
+
+def assert_only_masked_weights_changed(base, out):
+    before, after, mask = weights(base), weights(out / "model"), Delta.load(out / "delta").mask
+    assert before.keys() == after.keys()
+    changed = 0
+    for name, tensor in before.items():
+        flags = mask.parameters[name].to_dense() if name in mask.parameters else torch.zeros_like(tensor).bool()
+        assert torch.equal(after[name][~flags], tensor[~flags]) and after[name].dtype == tensor.dtype
+        changed += int((after[name] != tensor).sum())
+    assert 0.4 * mask.numel < changed <= mask.numel
+    return before, after
+
+
+def images(folder, output_type="pt", **how):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline("a cat", generator=torch.Generator().manual_seed(0), output_type=output_type, **how).images
+
+
+# -- a one-step generator --------------------------------------------------------------------------
+
+
+def test_a_one_step_generator(here, plain):
+    before, after = assert_only_masked_weights_changed(here / "epsilon", plain[0])
+    drawn = [images(plain[0] / "model", num_inference_steps=1, guidance_scale=0.0) for _ in range(2)]
+    assert torch.equal(*drawn)
+    Delta.load(plain[0] / "delta").revert(after, ledger=Ledger.load(plain[0] / "model/unet"), progress=False)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_the_documented_python_runs_and_stock_diffusers_draws_what_we_draw(here):
+    """Of a velocity, trained in bfloat16 off a float32 folder."""
+    code = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)[1]
+    short = {"run(1000)": "run(1)", "density=0.1": 'kind="random"', '"sd15"': '"v_prediction"', '"out"': '"documented"'}
+    for before, after in short.items():
+        assert before in code
+        code = code.replace(before, after)
+    exec(compile(code, DOCUMENT, "exec"), {})
+    before, after = assert_only_masked_weights_changed(here / "v_prediction", here / "documented")
+    assert_no_bits_were_lost(before, after)
+
+    folder = PipelineFolder.read(here / "v_prediction")
+    predict = TextConditional(embed_prompts(folder, ["a cat"]), folder.prediction_type, folder.schedule())
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours, label = functools.partial(predict, folder.unet(after)), torch.zeros(1, dtype=torch.int64)
+    with torch.no_grad():
+        latents = one_step_sample(ours, folder.schedule(), noise, label, t_init=625)
+    theirs = images("documented/model", output_type="latent", num_inference_steps=1, guidance_scale=0.0)
+    torch.testing.assert_close(theirs, latents, rtol=1e-4, atol=1e-4)
+
+
+def assert_no_bits_were_lost(before, after):
+    """After few steps at 1e-6; a master that began with the bits of a bfloat16 alone is 5e-4 away."""
+    steps = torch.cat([(after[name] - before[name]).flatten() for name in after]).abs()
+    assert 0 < float(steps.max()) < 1e-4
+
+
+def test_resumed_with_gradient_checkpointing(plain, monkeypatch, capsys):
+    """The same weights to the bit, out of more forwards: none of the networks is in training mode."""
+    folder, kept = plain
+    shutil.copytree(folder / "checkpoint-1", "resumed/checkpoint-1")
+    resume = (*PECKER, "--checkpointing_steps", "1", "--resume_from_checkpoint", "latest")
+    Path("others.txt").write_text("a dog\nthe blue bird\n")  # as many labels as before
+    unlearn("resumed", *resume, "--retain_prompts", "others.txt", code=2)
+    assert "was saved with other prompts" in capsys.readouterr().err
+    calls = counted(monkeypatch)
+    ours = weights(unlearn("resumed", *resume, "--gradient_checkpointing") / "model")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in weights(folder / "model").items())
+    assert Path("resumed/metrics.jsonl").read_text() == (folder / "metrics.jsonl").read_text()
+    passes = 4  # fake score; then generator, fake and true score
+    assert sum(calls) == 2 * kept // 2 - passes > kept // 2  # diffusers keeps the middle block's first ResNet
+
+
+def test_erasures_add_up_and_each_can_be_undone(here, plain, capsys):
+    (here / "photos.txt").write_text("the photo\n")
+    flags = (*PECKER, "--erase_concept", "photo", "--override_concept", "drawing", "--earlier", "plain")
+    unlearn("second", *flags, code=2)
+    assert "'a photo of photo'" not in capsys.readouterr().err
+    fine = ("--generator_lr", "1e-6", "--max_train_steps", "1", "--mixed_precision", "bf16")
+    second = unlearn("second", *flags, *fine, "--forget_prompts", "photos.txt")
+    assert_no_bits_were_lost(weights(plain[0] / "model"), weights(second / "model"))
+    plan = json.loads((second / "prompts.json").read_text())
+    assert [plan["texts"][label] for label in plan["forget"]][:2] == ["the photo", "cat"]  # which stays forgotten
+    deltas = [Delta.load(folder / "delta") for folder in (plain[0], second)]
+    assert not deltas[0].overlaps(deltas[1])
+    state, ledger = weights(second / "model"), Ledger.load(second / "model/unet")
+    assert len(ledger) == 2
+    for delta in deltas:  # the older one first
+        delta.revert(state, ledger=ledger, progress=False)
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights(here / "epsilon").items())
+
+
+# -- an ordinary UNet ------------------------------------------------------------------------------
+
+
+def assert_an_ordinary_pipeline(base, out):
+    assert_only_masked_weights_changed(base, out)
+    for file in ("model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "vae/config.json"):
+        assert (out / "model" / file).read_bytes() == (base / file).read_bytes()
+
+
+def test_salun_on_latents_of_its_own(here):
+    Path("one.txt").write_text("a cat\n")
+    flags = ("--num_inference_steps", "2", "--latents_per_prompt", "2", "--learning_rate", "1e-3", "--mask", "saliency")
+    out = unlearn("salun", "--method", "salun", "--forget_prompts", "one.txt", "--train_batch_size", "4", *flags)
+    assert_an_ordinary_pipeline(here / "epsilon", out)
+    assert torch.equal(*(images(out / "model", num_inference_steps=1) for _ in range(2)))
+
+
+def test_esd_with_pictures_and_a_card(here):
+    flags = ("--num_validation_images", "1", "--validation_steps", "1", "--validation_prompts", "a dog", "a cat")
+    out = unlearn("esd", *ESD, *flags)
+    assert_an_ordinary_pipeline(here / "epsilon", out)
+    with Image.open(out / "model" / "before_after.png") as picture:
+        assert picture.size[0] > 2 * 96 and picture.convert("L").entropy() > 4
+    card = (out / "model" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: epsilon\nlibrary_name: diffusers\n")
+    assert "before_after.png" in card and "`a photo of cat`" in card and "of many steps" in card
+
+
+# -- what is told ----------------------------------------------------------------------------------
+
+
+def test_flags_are_settings(capsys):
+    flags = ("--guidance_scale", "1.5", "2", "3", "--prompt_dropout", "0", "--negative_prompt", "cat", "--negative_in")
+    more = ("fake_score", "true_score", "--micro_batch_size", "1", "--train_method", "xattn", "--t_init", "500")
+    unlearn("dry", *PECKER, *flags, *more, "--dry_run", "--json")
+    found = json.loads(capsys.readouterr().out)
+    settings = found["settings"]
+    assert settings["guidance"] == {
+        **{"fake_score_update": 1.5, "fake_score": 2.0, "true_score": 3.0, "dropout": 0.0},
+        "negative_in": ["fake_score", "true_score"],
+    }
+    assert (settings["micro_batch_size"], settings["t_init"], settings["share_frozen_weights"]) == (1, 500, True)
+    assert (settings["ema_decay"], settings["eps"], settings["fake_score_mask"]) == (None, 1e-6, "same")
+    assert all(".attn2." in prefix for prefix in settings["mask"]["region"])
+    assert found["parameters"]["model"] == 203204 > found["parameters"]["active_at_most"] > 0
+    assert "dry/model" in found["would_write"] and "dry/distill_config.json" in found["would_write"]
+    assert not Path("dry").exists()
