@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -164,6 +165,34 @@ def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
             return tensors, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise FileFormatError(f"{path}: truncated or not a safetensors file ({error})") from error
+
+
+def rewrite_safetensors(source: StrPath, target: StrPath, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a file with other numbers in it; header, order and alignment keep every byte, whoever wrote them.
+
+    Args:
+        source: A file that `read_safetensors` read.
+        target: The file to write.
+        tensors: Its tensors, in their dtypes and shapes.
+
+    Raises:
+        FileFormatError: A file cannot be read or written.
+        ValueError: A tensor is not of the file, or of another size.
+    """
+    try:
+        shutil.copyfile(source, target)
+        with open(target, "r+b") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(begin - 8))
+            for name, tensor in tensors.items():
+                start, end = header[name]["data_offsets"] if name in header else (0, -1)
+                data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                if len(data) != end - start:
+                    raise ValueError(f"{source}: {name}: expected {end - start} bytes, got {len(data)}")
+                file.seek(begin + start)
+                file.write(data.data)
+    except OSError as error:
+        raise FileFormatError(f"{target}: cannot be written ({error.strerror})") from error
 
 
 def _publish(unfinished: Path, target: Path) -> None:

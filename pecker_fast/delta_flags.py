@@ -35,8 +35,8 @@ def _extract(actions: Any) -> None:
         "      --mask_path out/mask.safetensors --output_dir three",
     )
     add = parser.add_argument
-    add("--before", type=Path, required=True, metavar="DIR", help="the base's model folder")
-    add("--after", type=Path, required=True, metavar="DIR", help="the trained model's folder")
+    add("--before", type=Path, required=True, metavar="DIR", help="the base's model folder, or pipeline")
+    add("--after", type=Path, required=True, metavar="DIR", help="the trained model's folder, or pipeline")
     add("--mask_path", type=Path, required=True, metavar="FILE", help="the mask that it was trained with")
     add("--name", metavar="NAME", help="of the delta, for messages (the name of its folder)")
     _output_flag(parser, "the delta's folder to write")
@@ -73,7 +73,7 @@ def _info(actions: Any) -> None:
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a model folder")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a model folder, or pipeline")
     _deltas_flag(parser)
     _output_flag(parser, "the model folder to write; may be the same")
 

@@ -10,7 +10,7 @@ import pecker_fast
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
-    ["checkpoint", "blocks", "regions", "settings", "step_metrics", "torch_file"],
+    ["checkpoint", "blocks", "regions", "settings", "step_metrics", "torch_file", "pickle_machine"],
     ["mask_config", "config_file", "data"],
     ["config", "distributed", "scatter", "schedule", "manifest"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms", "checkpoint_folders"],

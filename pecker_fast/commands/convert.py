@@ -1,15 +1,16 @@
-"""``pecker-fast convert``: published checkpoints and masks into ours, and model folders into those of diffusers."""
+"""``pecker-fast convert``: published checkpoints and masks into ours, and models into those of diffusers."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from pecker_fast import models
 from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome, dry_run
-from pecker_fast.models import diffusers_export
+from pecker_fast.models import diffusers_export, pipeline_files, sid_lsg
 from pecker_fast.models.published import PublishedCheckpoint, load_published
 from pecker_fast.models.storage import CONFIG_NAME, WEIGHTS_NAME
 from pecker_fast.salun_mask import load_salun_mask
@@ -21,21 +22,31 @@ T_INIT = 440
 STEPS = 50
 """Of DDIM; published networks are sampled with up to 1000."""
 
-_ONLY_CHECKPOINTS = ("which", "t_init", "num_inference_steps")
+_FLAGS = {
+    "checkpoint": ("which", "t_init", "num_inference_steps", "resolution"),
+    "mask": ("resolution",),
+    "diffusers": (),
+    "sid_lsg": ("t_init", "base"),
+}
+"""Of each kind; "from" and "to" are of all."""
+_BASE = "pretrained_model_name_or_path"
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Convert as ``--kind`` says; the output folder appears only when all of it is there."""
-    kinds = {"checkpoint": _checkpoint, "mask": _mask, "diffusers": _diffusers}
+    kinds = {"checkpoint": _checkpoint, "mask": _mask, "diffusers": _diffusers, "sid_lsg": _sid_lsg}
     _check_flags(options)
     return kinds[options.kind](options)
 
 
 def _check_flags(options: argparse.Namespace) -> None:
-    unused = _ONLY_CHECKPOINTS if options.kind == "mask" else (*_ONLY_CHECKPOINTS, "resolution")
-    for name in () if options.kind == "checkpoint" else unused:
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name}: is of --kind checkpoint, and has no meaning with --kind {options.kind}")
+    for name in {name: None for names in _FLAGS.values() for name in names}:
+        if name not in _FLAGS[options.kind] and getattr(options, name) is not None:
+            kinds = " and ".join(f"--kind {kind}" for kind, names in _FLAGS.items() if name in names)
+            flag = _BASE if name == "base" else name
+            raise ValueError(f"--{flag}: is of {kinds}, and has no meaning with --kind {options.kind}")
+    if options.kind == "sid_lsg" and options.base is None:
+        raise ValueError(f"--{_BASE}: --kind sid_lsg needs the pipeline folder that the generator was distilled from")
 
 
 def _checkpoint(options: argparse.Namespace) -> Outcome:
@@ -99,6 +110,27 @@ def _diffusers(options: argparse.Namespace) -> Outcome:
     exported.save(options.output_dir)
     values = {"output_dir": str(options.output_dir), "class": name, "parameters": parameters}
     text = f"{name}.from_pretrained({str(options.output_dir)!r}) predicts what {options.source} does."
+    return Outcome(values, text)
+
+
+def _sid_lsg(options: argparse.Namespace) -> Outcome:
+    t_init = sid_lsg.T_INIT if options.t_init is None else options.t_init
+    generator = sid_lsg.SidGenerator.read(options.source, options.base, t_init=t_init)
+    parameters = sum(tensor.numel() for tensor in generator.weights.values())
+    dtype = str(next(iter(generator.weights.values())).dtype).removeprefix("torch.")
+    with options.source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # the file has no checksums of its own
+    settings = {"from": str(options.source), "base": str(options.base), "t_init": t_init, "dtype": dtype}
+    settings |= {"sha256": digest}
+    if options.dry_run:
+        files = (f"unet/{WEIGHTS_NAME}", str(pipeline_files.SCHEDULER), pipeline_files.INDEX)
+        return dry_run(settings, {"unet": parameters}, _files(options, *files))
+    generator.save(options.output_dir)
+    values = {"output_dir": str(options.output_dir), **settings, "parameters": parameters}
+    text = (
+        f"{options.source}: {parameters:,} weights, SHA-256 {digest}.\nA pipeline that draws in one step from timestep "
+        f"{t_init}, with guidance_scale=0: {options.output_dir}."
+    )
     return Outcome(values, text)
 
 

@@ -13,7 +13,7 @@ from pecker_fast.delta import Delta
 from pecker_fast.delta import file as delta_file
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
-from pecker_fast.models.storage import DELTAS_NAME
+from pecker_fast.models.pipeline_scheduler import scheduler_change, switched
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -26,10 +26,11 @@ def _extract(options: argparse.Namespace) -> Outcome:
     before, after = ModelFolder.read(options.before), ModelFolder.read(options.after)
     mask = BlockMask.load(options.mask_path)
     name = options.name or options.output_dir.name
+    old, new = before.scheduler, after.scheduler
+    metadata = {} if old is None or new is None else scheduler_change(old, new)
+    given = {"name": name, "metadata": metadata, "ledger": before.ledger, "progress": not options.quiet}
     try:
-        delta = Delta.extract(
-            before.weights, after.weights, mask, name=name, ledger=before.ledger, progress=not options.quiet
-        )
+        delta = Delta.extract(before.weights, after.weights, mask, **given)
     except ValueError as error:
         raise FileFormatError(f"{options.before} and {options.after}: {error}") from error
     if options.dry_run:
@@ -44,23 +45,29 @@ def _extract(options: argparse.Namespace) -> Outcome:
 def _switch(options: argparse.Namespace) -> Outcome:
     """Apply or revert, in memory first: what does not fit is refused before anything is written."""
     model = ModelFolder.read(options.model)
+    scheduler, applied = model.scheduler, options.action == "apply"
     deltas = [Delta.load(folder) for folder in options.delta]
     for folder, delta in zip(options.delta, deltas, strict=True):
-        switch = delta.apply if options.action == "apply" else delta.revert
+        switch = delta.apply if applied else delta.revert
         try:
             switch(model.weights, ledger=model.ledger, progress=not options.quiet)
+            if scheduler is not None:
+                scheduler = switched(scheduler, delta.metadata, applied)
         except ValueError as error:
             raise FileFormatError(f"{options.model} and {folder}: {error}") from error
     carried = [record.name for record in model.ledger.holding(model.weights)]
     if options.dry_run:
         settings = {"model": str(options.model), options.action: [str(folder) for folder in options.delta]}
-        writes = [str(options.output_dir / file) for file in (model.file, DELTAS_NAME)]
+        writes = [str(options.output_dir / file) for file in model.writes(scheduler)]
         return dry_run(settings, _sizes(*deltas), writes)
-    model.write(options.output_dir)
+    model.write(options.output_dir, scheduler)
     names = ", ".join(delta.record.label for delta in deltas)
-    done = "Applied" if options.action == "apply" else "Reverted"
+    text = f"{'Applied' if applied else 'Reverted'} {names}."
     values = {"output_dir": str(options.output_dir), "weights": _sizes(*deltas)["changed"], "carried": carried}
-    return Outcome(values, f"{done} {names}. Written to {options.output_dir}.")
+    if scheduler is not None:
+        values["scheduler"] = scheduler.class_name
+        text += "" if scheduler == model.scheduler else f" The scheduler is {scheduler.class_name} now."
+    return Outcome(values, f"{text} Written to {options.output_dir}.")
 
 
 def _info(options: argparse.Namespace) -> Outcome:

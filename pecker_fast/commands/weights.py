@@ -2,67 +2,111 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from pecker_fast.checkpoint import atomic_folder, read_safetensors, write_safetensors
+from pecker_fast.checkpoint import atomic_folder, read_safetensors, rewrite_safetensors
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
+from pecker_fast.models.pipeline_files import TEXTS, check_pipeline, copy_components, copy_texts, is_pipeline
+from pecker_fast.models.pipeline_scheduler import PipelineScheduler
 from pecker_fast.models.storage import DELTAS_NAME, WEIGHTS_NAME
-
-_COPIED = (".json", ".md", ".txt")
-"""What goes along with the weights. Other copies of the weights must not: they would be the old ones."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder with one safetensors file.
+    """A folder with one safetensors file, or a pipeline folder with such a ``unet/``.
 
     Attributes:
-        path: The folder.
+        path: The folder with the weights.
         file: Name of the file with the weights.
         weights: Its tensors.
-        header: Its strings.
         ledger: The deltas that the model is said to carry.
+        pipeline: The pipeline's folder, if it is one.
+        scheduler: The pipeline's scheduler.
     """
 
     path: Path
     file: str
     weights: dict[str, Tensor]
-    header: dict[str, str]
     ledger: Ledger
+    pipeline: Path | None
+    scheduler: PipelineScheduler | None
 
     @classmethod
     def read(cls, folder: Path) -> ModelFolder:
-        """Read the weights of a folder as this package or diffusers writes it.
+        """Read the weights of a folder as this package or diffusers writes it; of a pipeline, those of its UNet.
 
         Raises:
-            FileFormatError: The folder or a file is missing or damaged, or the weights are in several files.
+            FileFormatError: The folder or a file is missing or damaged, the weights are in several files, or a
+                pipeline has no UNet2DConditionModel.
         """
         if not folder.is_dir():
             raise FileFormatError(f"{folder}: no such folder; expected a model folder with {WEIGHTS_NAME}")
-        files = sorted(path.name for path in folder.glob("*.safetensors"))
-        if WEIGHTS_NAME not in files and len(files) != 1:
-            raise FileFormatError(
-                f"{folder}: expected {WEIGHTS_NAME} or one other safetensors file, got {len(files)} of them; "
-                f"save the model unsharded"
-            )
-        file = WEIGHTS_NAME if WEIGHTS_NAME in files else files[0]
-        weights, header = read_safetensors(folder / file)
-        return cls(folder, file, weights, header, Ledger.load(folder))
+        pipeline = folder if is_pipeline(folder) else None
+        scheduler = None
+        if pipeline is not None:
+            check_pipeline(pipeline)
+            folder, scheduler = pipeline / "unet", PipelineScheduler.read(pipeline)
+        file = _weights_file(folder)
+        weights, _ = read_safetensors(folder / file)
+        return cls(folder, file, weights, Ledger.load(folder), pipeline, scheduler)
 
-    def write(self, folder: Path) -> None:
+    def writes(self, scheduler: PipelineScheduler | None) -> list[str]:
+        """Names of the files that `write` changes."""
+        inside = "" if self.pipeline is None else "unet/"
+        also = [] if scheduler == self.scheduler else ["scheduler/scheduler_config.json", "model_index.json"]
+        return [f"{inside}{self.file}", f"{inside}{DELTAS_NAME}", *also]
+
+    def write(self, folder: Path, scheduler: PipelineScheduler | None) -> None:
         """Write the weights as they are now, with the folder's settings and texts, complete or not at all.
 
+        The other components of a pipeline are copied byte for byte.
+
+        Args:
+            folder: Where to; may be the folder itself.
+            scheduler: Of the pipeline; not None for one.
+
         Raises:
-            FileFormatError: The folder cannot be written.
+            FileFormatError: The folder cannot be written, or is the pipeline itself and has other copies of the
+                UNet's weights, which would be lost.
         """
+        self._check_nothing_is_lost(folder)
         with atomic_folder(folder) as unfinished:
-            for source in self.path.iterdir():
-                if source.is_file() and source.suffix in _COPIED and source.name != DELTAS_NAME:
-                    shutil.copyfile(source, unfinished / source.name)
-            write_safetensors(unfinished / self.file, self.weights, self.header)
-            self.ledger.save(unfinished)
+            if self.pipeline is None or scheduler is None:
+                self._write_weights(unfinished)
+                return
+            copy_components(self.pipeline, unfinished, without=("unet",))
+            copy_texts(self.pipeline, unfinished)
+            (unfinished / "unet").mkdir()
+            self._write_weights(unfinished / "unet")
+            if scheduler != self.scheduler:
+                scheduler.put_in(unfinished)
+
+    def _write_weights(self, folder: Path) -> None:
+        copy_texts(self.path, folder, without=(DELTAS_NAME,))
+        rewrite_safetensors(self.path / self.file, folder / self.file, self.weights)
+        self.ledger.save(folder)
+
+    def _check_nothing_is_lost(self, folder: Path) -> None:
+        """A model folder keeps what it has beside the new files; within a pipeline, ``unet/`` is replaced."""
+        if self.pipeline is None or not folder.exists() or not folder.samefile(self.pipeline):
+            return
+        lost = [entry.name for entry in self.path.iterdir() if entry.suffix not in TEXTS and entry.name != self.file]
+        if lost:
+            raise FileFormatError(
+                f"{self.path}: has other files, which are not changed along and would be lost: "
+                f"{', '.join(sorted(lost)[:5])}; write into another folder"
+            )
+
+
+def _weights_file(folder: Path) -> str:
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if WEIGHTS_NAME not in files and len(files) != 1:
+        raise FileFormatError(
+            f"{folder}: expected {WEIGHTS_NAME} or one other safetensors file, got {len(files)} of them; save the "
+            f"model unsharded" + ("" if files else ", with safe_serialization=True")
+        )
+    return WEIGHTS_NAME if WEIGHTS_NAME in files else files[0]

@@ -1,44 +1,24 @@
 """The few pickles that data sets come in, read without unpickling: nothing in them can run.
 
-An interpreter of its own for the opcodes that lists, dicts, strings, numbers and arrays of bytes are made of. Names of
-functions are compared with those that numpy writes and never looked up; every other name and opcode is refused.
+Lists, dicts, strings, numbers and arrays of bytes. Names of functions are compared with those that numpy writes and
+never looked up; every other name is refused.
 """
 
 from __future__ import annotations
 
 import math
-import pickletools
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.pickle_machine import PickleMachine
 
-_MAX_OPCODES = 200_000
-_SHORT = 1024
-"""Longer strings are not copied out of the file."""
-_LONGEST_KEY = 100
 _MAX_ENCODED = 2
 """Times the size of the file. What numpy writes is encoded once; a string that is fetched again and again is a bomb."""
-_ARGUMENTS = {
-    **dict.fromkeys(("PROTO", "BININT1", "BINPUT", "BINGET"), struct.Struct("<B")),
-    **dict.fromkeys(("BININT2",), struct.Struct("<H")),
-    **dict.fromkeys(("BININT",), struct.Struct("<i")),
-    **dict.fromkeys(("LONG_BINPUT", "LONG_BINGET"), struct.Struct("<I")),
-    **dict.fromkeys(("FRAME",), struct.Struct("<Q")),
-}
-_LENGTHS = {
-    **dict.fromkeys(("SHORT_BINSTRING", "SHORT_BINBYTES", "SHORT_BINUNICODE"), struct.Struct("<B")),
-    **dict.fromkeys(("BINSTRING", "BINBYTES", "BINUNICODE"), struct.Struct("<I")),
-    **dict.fromkeys(("BINBYTES8", "BINUNICODE8", "BYTEARRAY8"), struct.Struct("<Q")),
-}
-_OPCODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _NAMES = {
     "numpy.core.multiarray _reconstruct": "array",
     "numpy._core.multiarray _reconstruct": "array",
@@ -66,10 +46,6 @@ class _Array:
     pixels: npt.NDArray[np.uint8] | None = None
 
 
-class _Mark:
-    """Where a list of arguments begins on the stack."""
-
-
 def read_plain_pickle(file: Path, data: npt.NDArray[np.uint8]) -> dict[str, Any]:
     """Read a pickled dict of plain values, protocols 2 to 5.
 
@@ -89,107 +65,16 @@ def read_plain_pickle(file: Path, data: npt.NDArray[np.uint8]) -> dict[str, Any]
     return {key: value.pixels if isinstance(value, _Array) else value for key, value in values.items()}
 
 
-class _Machine:
-    """Stack, memo and position."""
+class _Machine(PickleMachine):
+    """The names that numpy writes."""
 
     def __init__(self, file: Path, data: npt.NDArray[np.uint8]) -> None:
-        self.file, self.data, self.position = file, memoryview(data), 0  # type: ignore[arg-type]
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        super().__init__(file, data)
         self.to_encode = _MAX_ENCODED * len(self.data)
-        self.actions: dict[str, Callable[[], None]] = {
-            "MARK": lambda: self.stack.append(_Mark),
-            "EMPTY_DICT": lambda: self.stack.append({}),
-            "EMPTY_LIST": lambda: self.stack.append([]),
-            "EMPTY_TUPLE": lambda: self.stack.append(()),
-            "TUPLE": lambda: self.stack.append(tuple(self.to_mark())),
-            "TUPLE1": lambda: self.stack.append((self.pop(),)),
-            "TUPLE2": lambda: self.stack.append(self.pops(2)),
-            "TUPLE3": lambda: self.stack.append(self.pops(3)),
-            "APPEND": lambda: self.extend([self.pop()]),
-            "APPENDS": lambda: self.extend(self.to_mark()),
-            "SETITEM": lambda: self.update(self.pops(2)),
-            "SETITEMS": lambda: self.update(self.to_mark()),
-            "MEMOIZE": lambda: self.put(len(self.memo)),
-            "GLOBAL": lambda: self.name(self.line(), self.line()),
-            "STACK_GLOBAL": lambda: self.name(*self.pops(2)),
-            "REDUCE": lambda: self.stack.append(self.call(*self.pops(2))),
-            "BUILD": lambda: self.build(self.pop()),
-        }
 
-    def run(self) -> Any:
-        for _ in range(_MAX_OPCODES):
-            code = self.bytes(1)[0]
-            name = _OPCODES.get(code) or repr(chr(code))
-            if name == "STOP":
-                return self.end()
-            self.step(name)
-        self.refuse(f"more than {_MAX_OPCODES} opcodes, which is no data set of this kind")
-
-    def step(self, name: str) -> None:
-        if name in self.actions:
-            self.actions[name]()
-        elif name in _CONSTANTS:
-            self.stack.append(_CONSTANTS[name])
-        elif name in _ARGUMENTS:
-            self.number(name, self.unpack(_ARGUMENTS[name]))
-        elif name in _LENGTHS:
-            self.string(name, self.unpack(_LENGTHS[name]))
-        else:
-            self.refuse(f"opcode {name}, which these files do not need and which may run code; do not trust this file")
-
-    def end(self) -> Any:
-        value = self.pop()
-        if self.stack or self.position != len(self.data):
-            self.refuse("something after the end of the values")
-        return value
-
-    def number(self, name: str, value: int) -> None:
-        if name.endswith("PUT"):
-            self.put(value)
-        elif name.endswith("GET"):
-            if value not in self.memo:
-                self.refuse(f"memo {value}, which was not written")
-            self.stack.append(self.memo[value])
-        elif name.startswith("BININT"):
-            self.stack.append(value)
-        elif name == "PROTO" and not 2 <= value <= 5:
-            self.refuse(f"pickle protocol {value}; expected 2 to 5")
-
-    def string(self, name: str, length: int) -> None:
-        value = self.bytes(length)
-        if not name.endswith("UNICODE") and not name.endswith("UNICODE8"):
-            self.stack.append(bytes(value) if length <= _SHORT else value)
-            return
-        try:
-            self.stack.append(str(value, "utf-8"))
-        except UnicodeDecodeError as error:
-            self.refuse(f"a string that is not UTF-8 ({error.reason})")
-
-    def put(self, index: int) -> None:
-        if not self.stack or self.stack[-1] is _Mark:
-            self.refuse("a memo of nothing")
-        self.memo[index] = self.stack[-1]
-
-    def extend(self, values: list[Any]) -> None:
-        if not self.stack or not isinstance(self.stack[-1], list):
-            self.refuse("items for a list, but no list")
-        self.stack[-1].extend(values)
-
-    def update(self, values: list[Any] | tuple[Any, ...]) -> None:
-        if not self.stack or not isinstance(self.stack[-1], dict) or len(values) % 2:
-            self.refuse("items for a dict, but no dict or no pairs")
-        for key, value in zip(values[::2], values[1::2], strict=True):
-            if not isinstance(key, str | bytes) or len(key) > _LONGEST_KEY:
-                self.refuse(f"a dict's key that is {type(key).__name__}; expected at most {_LONGEST_KEY} characters")
-            self.stack[-1][key if isinstance(key, str) else key.decode("latin-1")] = value
-
-    def name(self, module: Any, attribute: Any) -> None:
-        full = f"{module} {attribute}" if isinstance(module, str) and isinstance(attribute, str) else "?"
-        if full not in _NAMES:
-            shown = full.replace(" ", ".")[:100]
-            self.refuse(f"{shown!r}, which these files do not need and which may run code; do not trust this file")
-        self.stack.append(_Name(_NAMES[full]))
+    def name(self, module: str, attribute: str) -> _Name | None:
+        role = _NAMES.get(f"{module} {attribute}")
+        return None if role is None else _Name(role)
 
     def call(self, function: Any, arguments: Any) -> Any:
         role = function.role if isinstance(function, _Name) else None
@@ -229,41 +114,6 @@ class _Machine:
             return text.encode("latin-1")
         except UnicodeEncodeError:
             self.refuse("bytes spelled with characters that are none")
-
-    def pop(self) -> Any:
-        if not self.stack or self.stack[-1] is _Mark:
-            self.refuse("an empty stack")
-        return self.stack.pop()
-
-    def pops(self, count: int) -> tuple[Any, ...]:
-        return tuple([self.pop() for _ in range(count)][::-1])
-
-    def to_mark(self) -> list[Any]:
-        values: list[Any] = []
-        while self.stack and self.stack[-1] is not _Mark:
-            values.append(self.stack.pop())
-        if not self.stack:
-            self.refuse("no mark on the stack")
-        self.stack.pop()
-        return values[::-1]
-
-    def bytes(self, count: int) -> memoryview:
-        start, self.position = self.position, self.position + count
-        if self.position > len(self.data):
-            self.position = start
-            self.refuse(f"its end where {count} bytes were announced; it is truncated or damaged")
-        return self.data[start : self.position]
-
-    def unpack(self, form: struct.Struct) -> int:
-        return int(form.unpack(self.bytes(form.size))[0])
-
-    def line(self) -> str:
-        text = bytes(self.data[self.position : self.position + 100]).partition(b"\n")[0]
-        self.bytes(len(text) + 1)
-        return text.decode("latin-1")
-
-    def refuse(self, found: str) -> NoReturn:
-        raise FileFormatError(f"{self.file}: byte {self.position}: found {found}")
 
 
 def _text(value: Any) -> str:
