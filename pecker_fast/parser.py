@@ -9,9 +9,10 @@ from typing import Any
 import pecker_fast
 from pecker_fast.compare_flags import compare_command
 from pecker_fast.convert_flags import convert_command
-from pecker_fast.data_flags import data_flags, judge_command, pretrain_command
+from pecker_fast.data_flags import judge_command, pretrain_command
 from pecker_fast.delta_flags import delta_command
 from pecker_fast.distill_flags import distill_command, fake_score_mask_flag, unlearn_command
+from pecker_fast.evaluate_flags import evaluate_command
 from pecker_fast.flags import (
     BLOCK_HELP,
     Parser,
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"pecker_fast {pecker_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     making = (_demo, pretrain_command, judge_command, _mask, distill_command, unlearn_command)
-    for add in (*making, _sample, _evaluate, compare_command, delta_command, convert_command, _doctor):
+    for add in (*making, _sample, evaluate_command, compare_command, delta_command, convert_command, _doctor):
         add(commands)
     return parser
 
@@ -104,32 +105,6 @@ def _sample(commands: Any) -> None:
         metavar="FILE",
         help="npz with images (N, H, W, C) uint8 and labels (N,) int64, or a grid if it ends in .png",
     )
-    device_flag(parser)
-
-
-def _evaluate(commands: Any) -> None:
-    parser = new_command(
-        commands,
-        "evaluate",
-        "judge a model or its images",
-        "pecker-fast evaluate --model out/model --forget_class 3\n"
-        "  pecker-fast evaluate --model out/model --forget_class 0 --judge judge --train_data_dir shapes",
-    )
-    subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--model", type=Path, metavar="DIR", help="a model folder")
-    subject.add_argument("--images", type=Path, metavar="FILE", help="npz that pecker-fast sample wrote")
-    forget_flag(parser)
-    parser.add_argument("--judge", type=Path, metavar="DIR", help="a classifier's folder (the judge of the digits)")
-    data_flags(parser, "real images to compare with, for --judge")
-    parser.add_argument("--num", type=positive_int, default=100, metavar="N", help="images of each class (100)")
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
-    parser.add_argument(
-        "--inception",
-        type=Path,
-        metavar="FILE",
-        help="also FID and the like: weights of the 2015 Inception, a local file",
-    )
-    cache_flags(parser)
     device_flag(parser)
 
 

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import models
-from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands import Outcome, dry_run, evaluate_concept
 from pecker_fast.commands.files import read_images
 from pecker_fast.commands.inception import inception_figures
 from pecker_fast.commands.judging import load_judge
 from pecker_fast.commands.sample import check_classes, draw, generative_config
 from pecker_fast.commands.source import torch_device
+from pecker_fast.concept_draws import is_pipeline
 from pecker_fast.data import ImageData, load_dataset
 from pecker_fast.errors import FileFormatError
+from pecker_fast.evaluate_flags import CLASS_ONLY, PIPELINE_ONLY, refuse_given
 from pecker_fast.evaluation import Judge, evaluate_images
 
 _DIGITS = ((1, 8, 8), 10)
@@ -32,7 +34,10 @@ class _Task:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Print unlearning accuracy, retain accuracy and Fréchet distance."""
+    """Print unlearning accuracy, retain accuracy and Fréchet distance; pipelines have figures of their own."""
+    if options.model is not None and is_pipeline(options.model):
+        refuse_given(options, CLASS_ONLY, f"{options.model} is a pipeline of prompts, not a model of classes")
+        return evaluate_concept.run(options)
     _check_flags(options)
     judge = None if options.judge is None else load_judge(options.judge)
     task = _Task(*_DIGITS) if judge is None else _task(judge)
@@ -61,6 +66,11 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 def _check_flags(options: argparse.Namespace) -> None:
+    refuse_given(
+        options, PIPELINE_ONLY, f"{options.model or options.images} is no pipeline: it has no model_index.json"
+    )
+    if options.forget_class is None:
+        raise ValueError("--forget_class: expected the classes that were forgotten")
     if options.judge is not None and options.train_data_dir is None:
         raise ValueError("--judge: compares with real images; name them with --train_data_dir")
     if options.judge is None and options.train_data_dir is not None:

@@ -1,0 +1,241 @@
+"""Images of prompts from a Stable Diffusion folder: what it is, how it is sampled, and one noise a prompt and seed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pecker_fast.checkpoint import StrPath, read_json
+from pecker_fast.detectors import Pixels, sha256_of
+from pecker_fast.errors import FileFormatError, NonFiniteError
+from pecker_fast.prompt_files import EvaluationPrompt
+
+INDEX = "model_index.json"
+STEPS, GUIDANCE_SCALE = 50, 7.5
+"""What Stable Diffusion is drawn with where nothing else is said."""
+_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A Stable Diffusion folder whose files have been looked at, but not loaded.
+
+    Attributes:
+        folder: Where it is.
+        image_size: Height and width of what it draws.
+        scheduler: Its scheduler's configuration, as stored.
+        one_step: Whether the scheduler is that of a one-step generator.
+    """
+
+    folder: Path
+    image_size: tuple[int, int]
+    scheduler: Mapping[str, Any]
+    one_step: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What its images depend on but for its scheduler, as plain JSON values; reads the UNet's weights once."""
+        stem = _WEIGHTS["unet"]
+        files = sorted((self.folder / "unet").glob(f"{stem}*.safetensors"))
+        return {
+            "folder": str(self.folder),
+            "unet_sha256": {file.name: sha256_of(file) for file in files},
+            "one_step": self.one_step,
+            "image_size": list(self.image_size),
+            "safety_checker": "not used: it would black out what is measured",
+        }
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a pipeline is run.
+
+    Attributes:
+        num_inference_steps: Steps of its scheduler.
+        guidance_scale: Of classifier-free guidance.
+        own_guidance: Whether a prompt's own guidance, where its file has one, comes first.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    own_guidance: bool
+
+    def guidance_of(self, prompt: EvaluationPrompt) -> float:
+        """The guidance that a prompt is drawn with."""
+        own = prompt.guidance_scale if self.own_guidance else None
+        return self.guidance_scale if own is None else own
+
+
+def is_pipeline(folder: StrPath) -> bool:
+    """Whether it is the folder of a diffusers pipeline."""
+    return (Path(folder) / INDEX).is_file()
+
+
+def check_pipeline(folder: StrPath) -> PipelineFolder:
+    """Look at a folder without loading it.
+
+    Raises:
+        FileFormatError: It is missing, damaged, another kind of pipeline, or its weights are not safetensors.
+    """
+    root = Path(folder)
+    kind = read_json(root / INDEX).get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise FileFormatError(f"{root}: expected a StableDiffusionPipeline, got {kind!r}; others are not drawn here")
+    for part, stem in _WEIGHTS.items():
+        _check_weights(root / part, stem)
+    scheduler = read_json(root / "scheduler" / "scheduler_config.json")
+    return PipelineFolder(root, _image_size(root), scheduler, _is_one_step(scheduler))
+
+
+def sampling_of(
+    pipeline: PipelineFolder, *, steps: int | None = None, guidance: float | None = None, usual_steps: int | None = None
+) -> Sampling:
+    """What is given; else one step without guidance for a one-step generator, whatever prompt files say; else usual.
+
+    Args:
+        pipeline: The folder.
+        steps: Number of steps that is asked for.
+        guidance: Guidance that is asked for.
+        usual_steps: Those of a protocol, for a pipeline of several steps; None takes 50.
+    """
+    many = STEPS if usual_steps is None else usual_steps
+    own_steps, own_guidance = (1, 0.0) if pipeline.one_step else (many, GUIDANCE_SCALE)
+    return Sampling(
+        own_steps if steps is None else steps,
+        own_guidance if guidance is None else guidance,
+        own_guidance=guidance is None and not pipeline.one_step,
+    )
+
+
+def load_pipeline(pipeline: PipelineFolder, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """Load it with diffusers, from its folder alone, without its safety checker.
+
+    Raises:
+        FileFormatError: It cannot be loaded.
+        ImportError: diffusers or transformers is not installed.
+    """
+    diffusers, _ = _libraries()
+    with quiet_libraries():
+        try:
+            loaded = diffusers.StableDiffusionPipeline.from_pretrained(
+                pipeline.folder,
+                local_files_only=True,
+                use_safetensors=True,
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise FileFormatError(f"{pipeline.folder}: cannot be loaded: {error}") from error
+    loaded.set_progress_bar_config(disable=True)
+    return loaded.to(device=device, dtype=dtype)
+
+
+def draw(
+    pipeline: Any, prompts: Sequence[EvaluationPrompt], sampling: Sampling, batch_size: int
+) -> Iterator[tuple[list[int], Pixels]]:
+    """Draw one image a prompt. Its noise comes from its seed alone, on the CPU: the same in any batch, on any device.
+
+    Args:
+        pipeline: From ``load_pipeline``.
+        prompts: With seeds.
+        sampling: How.
+        batch_size: Images at a time.
+
+    Yields:
+        Positions in ``prompts``, and their images (n, H, W, 3), rounded as diffusers rounds files.
+
+    Raises:
+        NonFiniteError: The pipeline drew NaN.
+    """
+    for positions, guidance in _batches([sampling.guidance_of(prompt) for prompt in prompts], batch_size):
+        chosen = [prompts[position] for position in positions]
+        images = pipeline(
+            [prompt.text for prompt in chosen],
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(int(prompt.seed or 0)) for prompt in chosen],
+            output_type="np",
+        ).images
+        if not np.isfinite(images).all():
+            raise NonFiniteError(f"the pipeline drew NaN for the prompt {chosen[0].text!r}; try --dtype float32")
+        yield positions, np.clip(np.rint(images * 255), 0, 255).astype(np.uint8)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep diffusers and transformers from a bar a component, and a line for each prompt that is cut.
+
+    Raises:
+        ImportError: One of them is not installed.
+    """
+    libraries = [library.utils.logging for library in _libraries()]
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
+def cut_prompts(pipeline: Any, prompts: Sequence[EvaluationPrompt]) -> int:
+    """How many prompts are longer than the tokenizer's limit, and lose their end."""
+    tokenizer = pipeline.tokenizer
+    texts = list({prompt.text for prompt in prompts})
+    lengths = dict(zip(texts, map(len, tokenizer(texts)["input_ids"]), strict=True))
+    return sum(lengths[prompt.text] > tokenizer.model_max_length for prompt in prompts)
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("diffusers"), importlib.import_module("transformers")
+    except ImportError as error:
+        message = f"drawing needs diffusers and transformers ({error}); run: pip install pecker_fast[diffusers]"
+        raise ImportError(message) from error
+
+
+def _batches(guidances: Sequence[float], size: int) -> Iterator[tuple[list[int], float]]:
+    for guidance in dict.fromkeys(guidances):  # a pipeline takes one guidance a call
+        alike = [position for position, value in enumerate(guidances) if value == guidance]
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size], guidance
+
+
+def _check_weights(folder: Path, stem: str) -> None:
+    read_json(folder / "config.json")
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if not whole.is_file() and not index.is_file():
+        raise FileFormatError(f"{whole}: no such file; other formats, and variants such as fp16, are not read")
+    for file in [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                stored.keys()
+        except (OSError, SafetensorError) as error:
+            raise FileFormatError(f"{file}: damaged: {error}") from error
+
+
+def _image_size(root: Path) -> tuple[int, int]:
+    size = read_json(root / "unet" / "config.json").get("sample_size")
+    blocks = read_json(root / "vae" / "config.json").get("block_out_channels")
+    sides = [size, size] if isinstance(size, int) else size
+    if not isinstance(sides, list) or len(sides) != 2 or not isinstance(blocks, list) or not blocks:
+        raise FileFormatError(f"{root}: expected sample_size of the UNet and block_out_channels of the VAE")
+    factor = 1 << (len(blocks) - 1)
+    return int(sides[0]) * factor, int(sides[1]) * factor
+
+
+def _is_one_step(scheduler: Mapping[str, Any]) -> bool:
+    """One step of Euler from the end of a schedule that was cut off at the generator's timestep."""
+    euler = scheduler.get("_class_name") == "EulerDiscreteScheduler" and scheduler.get("timestep_spacing") == "trailing"
+    return euler and scheduler.get("trained_betas") is not None
