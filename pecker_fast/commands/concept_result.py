@@ -20,6 +20,7 @@ from pecker_fast.config import DistillConfig
 from pecker_fast.delta import Ledger
 from pecker_fast.mask import BlockMask
 from pecker_fast.models.one_step_scheduler import one_step_scheduler
+from pecker_fast.models.pipeline_scheduler import PipelineScheduler, scheduler_change
 
 
 def write_result(
@@ -41,6 +42,8 @@ def write_result(
         "concepts": list(job.erasure.concepts),
         "t_init": config.t_init if isinstance(config, DistillConfig) else None,
     }
+    if scheduler is not None:
+        metadata |= scheduler_change(PipelineScheduler.read(job.base.path), PipelineScheduler.of(scheduler))
     delta, carried = extract_delta(before, after, mask, ledger, name=name, metadata=metadata)
     write_pipeline(job.base, folder / "model", after, carried, scheduler)
     delta.save(folder / "delta")
