@@ -28,6 +28,7 @@ sys.path.insert(0, str(HERE))
 
 import digits_pipelines as digits  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from pecker_fast import NoiseSchedule  # noqa: E402
 from pecker_fast.checkpoint import read_json, write_json  # noqa: E402
@@ -44,12 +45,11 @@ SHARED: dict[str, Any] = {
     "num_validation_images": 0,
 }
 INSTEAD = {"override_prompts": PROMPTS / "digits_override.txt"}
-PECKER: dict[str, Any] = {
+SPARSE: dict[str, Any] = {"mask_density": 0.1, "block": "row", "mask_scope": "layer", "mask_lr_scale": "mass"}
+SFD: dict[str, Any] = {
     **INSTEAD,
-    "method": "pecker",
-    "mask_density": 0.25,
-    "fake_score_mask": "dense",
-    "max_train_steps": 150,
+    "method": "sfd",
+    "max_train_steps": 100,
     "generator_lr": 5e-4,
     "fake_score_lr": 5e-4,
     "lr_warmup_steps": 10,
@@ -59,22 +59,24 @@ PECKER: dict[str, Any] = {
     "t_max": 950,
     "forget_weight": 0.05,
     "guidance_scale": (1.0, 1.0, 2.0),
+    "prompt_dropout": 0.0,
 }
+PECKER = {**SFD, **SPARSE, "method": "pecker", "fake_score_mask": "dense"}
 ESD: dict[str, Any] = {
+    **SPARSE,
     "method": "esd",
-    "mask_density": 0.25,
     "max_train_steps": 100,
+    "train_batch_size": 32,
     "learning_rate": 5e-4,
-    "retain_weight": 1.0,
     "num_inference_steps": 20,
 }
 SALUN: dict[str, Any] = {
     **INSTEAD,
+    **SPARSE,
     "method": "salun",
-    "mask_density": 0.25,
-    "max_train_steps": 100,
+    "max_train_steps": 60,
     "learning_rate": 5e-4,
-    "latents_per_prompt": 16,
+    "retain_weight": 1.0,
     "guidance_scale": 3.0,
     "num_inference_steps": 20,
 }
@@ -87,7 +89,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "pecker, random mask": PECKER | RANDOM,
     "esd, random mask": ESD | RANDOM,
     "salun, random mask": SALUN | RANDOM,
-    "sfd": {name: value for name, value in PECKER.items() if "mask" not in name} | {"method": "sfd"},
+    "sfd": SFD,
 }
 """What is compared -> its flags of ``pecker-fast unlearn``."""
 
@@ -151,16 +153,15 @@ class Study:
 
     def switch(self, folder: Path) -> dict[str, Any]:
         """The delta applied to the original is the result, and reverted from it the original, to the bit."""
-        before, after = self.pipeline / "unet", folder / "model" / "unet"
+        before, after, delta = self.pipeline, folder / "model", folder / "delta"
         applied, reverted = folder / "applied", folder / "reverted"
-        pecker_fast("delta", "apply", "--model", before, "--delta", folder / "delta", "--output_dir", applied)
-        pecker_fast("delta", "revert", "--model", after, "--delta", folder / "delta", "--output_dir", reverted)
-        size = sum(file.stat().st_size for file in (folder / "delta").iterdir())
+        pecker_fast("delta", "apply", "--model", before, "--delta", delta, "--output_dir", applied)
+        pecker_fast("delta", "revert", "--model", after, "--delta", delta, "--output_dir", reverted)
         return {
-            "applied_bit_for_bit": same_weights(applied, after),
-            "reverted_bit_for_bit": same_weights(reverted, before),
-            "delta_bytes": size,
-            "unet_bytes": sum(file.stat().st_size for file in before.iterdir()),
+            "applied_bit_for_bit": same(applied, after),
+            "reverted_bit_for_bit": same(reverted, before),
+            "delta_bytes": size(delta),
+            "unet_bytes": size(before / "unet"),
         }
 
     def run_folder(self, name: str, seed: int) -> Path:
@@ -197,20 +198,26 @@ def pecker_fast(*arguments: object, flags: dict[str, Any] | None = None) -> dict
     return dict(json.loads(said))
 
 
-def same_weights(one: Path, other: Path) -> bool:
-    """Whether two model folders have the same weights, bit for bit."""
-    return len({digest(folder) for folder in (one, other)}) == 1
+def same(one: Path, other: Path) -> bool:
+    """Whether two pipelines have the same weights and give the same images, bit for bit."""
+    images = {digits.fingerprint(digits.load(folder)) for folder in (one, other)}
+    return digest(one) == digest(other) and len(images) == 1
 
 
-def digest(folder: Path) -> str:
-    """Of all tensors of a folder by name: a file's header may have them in another order."""
-    from safetensors.torch import load_file
-
-    weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+def digest(pipeline: Path) -> str:
+    """Of all weights by name: a file's header may have them in another order."""
     found = hashlib.sha256()
-    for name in sorted(weights):
-        found.update(name.encode() + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
+    for file in sorted(pipeline.glob("*/*.safetensors")):
+        for name, tensor in sorted(load_file(file).items()):
+            found.update(
+                f"{file.parent.name} {name}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            )
     return found.hexdigest()
+
+
+def size(folder: Path) -> int:
+    """Bytes of its files."""
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def main(output_dir: Path, seeds: Sequence[int] = (0,), results_dir: Path | None = None, short: bool = False) -> None:

@@ -31,7 +31,7 @@ from train_digits_pipeline import TEMPLATES, WORDS, load_images  # noqa: E402
 
 MANY_STEPS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0}
 ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0}
-ATTACK: dict[str, Any] = {"max_steps": 200, "every": 5, "lr": 1e-4, "batch_size": 32, "samples": 40}
+ATTACK: dict[str, Any] = {"max_steps": 200, "every": 10, "lr": 1e-4, "batch_size": 32, "samples": 40}
 ATTACK_IMAGES = 10
 _BATCH = 250
 disable_progress_bar()  # of loading
