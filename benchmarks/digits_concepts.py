@@ -24,10 +24,12 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(ROOT / "examples")]
 
 import digits_pipelines as digits  # noqa: E402
 import torch  # noqa: E402
+import train_digits_pipeline as example  # noqa: E402
+from digits_concepts_runs import RETRAINED, RUNS, SHARED, SHORT  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from pecker_fast import NoiseSchedule  # noqa: E402
@@ -36,62 +38,7 @@ from pecker_fast.demo import versions  # noqa: E402
 
 FORGET, OVERRIDE = 3, 8
 SAMPLES = 100
-PROMPTS = ROOT / "examples" / "prompts"
-SHARED: dict[str, Any] = {
-    "forget_prompts": PROMPTS / "digits_forget.txt",
-    "retain_prompts": PROMPTS / "digits_retain.txt",
-    "train_batch_size": 64,
-    "forget_batch_size": 16,
-    "num_validation_images": 0,
-}
-INSTEAD = {"override_prompts": PROMPTS / "digits_override.txt"}
-SPARSE: dict[str, Any] = {"mask_density": 0.1, "block": "row", "mask_scope": "layer", "mask_lr_scale": "mass"}
-SFD: dict[str, Any] = {
-    **INSTEAD,
-    "method": "sfd",
-    "max_train_steps": 100,
-    "generator_lr": 5e-4,
-    "fake_score_lr": 5e-4,
-    "lr_warmup_steps": 10,
-    "ema_decay": 0.98,
-    "t_init": 700,
-    "t_min": 20,
-    "t_max": 950,
-    "forget_weight": 0.05,
-    "guidance_scale": (1.0, 1.0, 2.0),
-    "prompt_dropout": 0.0,
-}
-PECKER = {**SFD, **SPARSE, "method": "pecker", "fake_score_mask": "dense"}
-ESD: dict[str, Any] = {
-    **SPARSE,
-    "method": "esd",
-    "max_train_steps": 100,
-    "train_batch_size": 32,
-    "learning_rate": 5e-4,
-    "num_inference_steps": 20,
-}
-SALUN: dict[str, Any] = {
-    **INSTEAD,
-    **SPARSE,
-    "method": "salun",
-    "max_train_steps": 60,
-    "learning_rate": 5e-4,
-    "retain_weight": 1.0,
-    "guidance_scale": 3.0,
-    "num_inference_steps": 20,
-}
-RANDOM = {"mask": "random"}
-SHORT = {"max_train_steps": 1, "train_batch_size": 4, "forget_batch_size": 2}
-RUNS: dict[str, dict[str, Any]] = {
-    "pecker": PECKER,
-    "esd": ESD,
-    "salun": SALUN,
-    "pecker, random mask": PECKER | RANDOM,
-    "esd, random mask": ESD | RANDOM,
-    "salun, random mask": SALUN | RANDOM,
-    "sfd": SFD,
-}
-"""What is compared -> its flags of ``pecker-fast unlearn``."""
+TRAIN_STEPS = 1500
 
 
 class Study:
@@ -122,7 +69,8 @@ class Study:
     def train(self) -> dict[str, Any]:
         """The pipeline."""
         script = ROOT / "examples" / "train_digits_pipeline.py"
-        command(script, "--output_dir", self.pipeline, *(["--short"] if self.short else []))
+        short = ["--short"] if self.short else []
+        command(script, "--output_dir", self.pipeline, "--max_train_steps", TRAIN_STEPS, *short)
         return {}
 
     def unlearn(self, name: str, seed: int) -> dict[str, Any]:
@@ -136,9 +84,23 @@ class Study:
         settings = {name: str(value) for name, value in flags.items() if not name.endswith("_prompts")}
         return {"flags": settings, "training_seconds": said["seconds"]} | {name: said[name] for name in kept}
 
+    def retrain(self, seed: int) -> dict[str, Any]:
+        """A UNet and text encoder that never saw the digit, beside the same VAE: what relearning is compared with."""
+        pipe, fresh = digits.load(self.pipeline), example.make_pipeline()
+        torch.manual_seed(seed + 1)
+        fresh.register_modules(vae=pipe.vae, unet=fresh.unet, text_encoder=fresh.text_encoder)
+        images, labels = example.load_images()
+        kept = labels != FORGET
+        started = time.perf_counter()
+        example.train_unet(fresh, images[kept], labels[kept], 1 if self.short else TRAIN_STEPS, 8 if self.short else 64)
+        seconds = time.perf_counter() - started
+        fresh.save_pretrained(self.run_folder(RETRAINED, seed) / "model")
+        count = sum(weight.numel() for weight in fresh.unet.parameters())
+        return {"one_step": False, "training_seconds": seconds, "trainable_parameters": count, "density": 1.0}
+
     def judge(self, folder: Path) -> dict[str, Any]:
         """What its prompts give."""
-        return {"seen": digits.judged(digits.load(folder), self.samples)}
+        return digits.judged(digits.load(folder), self.samples, FORGET)
 
     def attack(self, folder: Path) -> dict[str, Any]:
         """Few-shot relearning."""
@@ -171,12 +133,13 @@ class Study:
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """Everything about one erasure."""
         folder = self.run_folder(name, seed)
+        retrained = name == RETRAINED
         parts = {
-            "unlearn": lambda: self.unlearn(name, seed),
+            "unlearn": lambda: self.retrain(seed) if retrained else self.unlearn(name, seed),
             "judged": lambda: self.judge(folder / "model"),
             "relearned": lambda: self.attack(folder / "model"),
             "reloaded": lambda: self.reload(folder / "model"),
-            "delta": lambda: self.switch(folder),
+            **({} if retrained else {"delta": lambda: self.switch(folder)}),
         }
         return {part: self.part(f"{name} {seed} {part}", work) for part, work in parts.items()}
 
@@ -228,7 +191,7 @@ def main(output_dir: Path, seeds: Sequence[int] = (0,), results_dir: Path | None
         "judged": study.part("before judged", lambda: study.judge(study.pipeline)),
         "reloaded": study.part("before reloaded", lambda: study.reload(study.pipeline)),
     }
-    runs = {name: {str(seed): study.run(name, seed) for seed in seeds} for name in RUNS}
+    runs = {name: {str(seed): study.run(name, seed) for seed in seeds} for name in (*RUNS, RETRAINED)}
     results = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {**versions(), **library_versions()},

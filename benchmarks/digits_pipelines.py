@@ -16,12 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers looks
 import torch
 import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
-from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor, nn
 
 from pecker_fast import NoiseSchedule
 from pecker_fast.attacks import relearn
-from pecker_fast.digits_task import load_judge
+from pecker_fast.concepts.pipeline import quiet_libraries
+from pecker_fast.data import load_digits
+from pecker_fast.digits_task import evaluate_images, load_judge
 from pecker_fast.models import DigitsClassifier
 from pecker_fast.score_model import TextConditional
 
@@ -31,10 +32,10 @@ from train_digits_pipeline import TEMPLATES, WORDS, load_images  # noqa: E402
 
 MANY_STEPS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 3.0}
 ONE_STEP: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0}
-ATTACK: dict[str, Any] = {"max_steps": 200, "every": 10, "lr": 1e-4, "batch_size": 32, "samples": 40}
+ATTACK: dict[str, Any] = {"max_steps": 100, "every": 2, "lr": 1e-4, "batch_size": 32, "samples": 40}
 ATTACK_IMAGES = 10
 _BATCH = 250
-disable_progress_bar()  # of loading
+quiet_libraries()
 
 
 def load(folder: Path) -> StableDiffusionPipeline:
@@ -65,17 +66,24 @@ def draw(pipe: StableDiffusionPipeline, samples: int, digits: tuple[int, ...] = 
     return torch.cat(images)
 
 
-def seen(judge: nn.Module, images: Tensor) -> Tensor:
-    """Logits for (N, 3, 16, 16) in [-1, 1]: the judge knows the digits as they are in the data set, 8 x 8."""
-    return judge(F.avg_pool2d(images.mean(1, keepdim=True), 2))  # type: ignore[no-any-return]
+def reduced(images: Tensor) -> Tensor:
+    """(N, 3, 16, 16) as the judge knows digits, (N, 1, 8, 8): as they are in the data set."""
+    return F.avg_pool2d(images.mean(1, keepdim=True), 2)
 
 
 @torch.no_grad()
-def judged(pipe: StableDiffusionPipeline, samples: int) -> list[list[int]]:
-    """How often (column) was seen where (row) was asked for, ``samples`` times each."""
-    logits = seen(load_judge(progress=False), draw(pipe, samples) * 2 - 1)
-    counts = F.one_hot(logits.argmax(1), len(WORDS)).view(len(WORDS), samples, len(WORDS)).sum(1)
-    return counts.tolist()  # type: ignore[no-any-return]
+def judged(pipe: StableDiffusionPipeline, samples: int, forget: int) -> dict[str, Any]:
+    """What prompts give: ``samples`` images of each digit.
+
+    Returns:
+        "seen": how often (column) was seen where (row) was asked for; "frechet_distance" of the other digits' images to
+        the real ones, in the judge's features (not FID).
+    """
+    judge, data = load_judge(progress=False), load_digits()
+    images, labels = reduced(draw(pipe, samples) * 2 - 1), torch.arange(len(WORDS)).repeat_interleave(samples)
+    counts = F.one_hot(judge(images).argmax(1), len(WORDS)).view(len(WORDS), samples, len(WORDS)).sum(1)
+    quality = evaluate_images(images, labels, judge, data, (forget,))
+    return {"seen": counts.tolist(), "frechet_distance": quality["frechet_distance"]}
 
 
 def fingerprint(pipe: StableDiffusionPipeline) -> str:
@@ -117,7 +125,8 @@ class LatentJudge(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Logits (N, 10)."""
         images = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        return seen(self.judge, images.clamp(-1, 1))
+        logits: Tensor = self.judge(reduced(images.clamp(-1, 1)))
+        return logits
 
 
 def relearned(pipe: StableDiffusionPipeline, digit: int, schedule: NoiseSchedule) -> dict[str, Any]:
