@@ -37,7 +37,9 @@ ESD: dict[str, Any] = {
     "max_train_steps": 100,
     "train_batch_size": 32,
     "learning_rate": 5e-4,
-    "num_inference_steps": 20,
+    "negative_guidance": 3.0,
+    "retain_weight": 2.0,
+    "num_inference_steps": 10,
 }
 SALUN: dict[str, Any] = {
     **INSTEAD,

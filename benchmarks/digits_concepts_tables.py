@@ -47,10 +47,10 @@ def erasures(results: Mapping[str, Any]) -> str:
     note = (
         f'Prompts with "{WORDS[results["forget"]]}" drew "{WORDS[results["override"]]}" instead (esd: anything else). '
         f"{results['samples']} images of each digit, with guidance {many['guidance_scale']:g} where they take many "
-        f"steps. Fréchet distance: of the other digits to real ones, in the judge's features. Back after: steps of Adam "
-        f"on {attack['images']} real images (rate {attack['lr']:g}, batch {attack['batch_size']}, looked at every "
-        f"{attack['every']}) until the judge sees the digit in half of {attack['samples']} images. Seconds: of mask and "
-        f"training."
+        f"steps. Fréchet distance: of the other digits to real ones, in the judge's features. Back after: steps of "
+        f"Adam on {attack['images']} real images (rate {attack['lr']:g}, batch {attack['batch_size']}, looked at "
+        f"every {attack['every']}) until the judge sees the digit in half of {attack['samples']} images. Seconds: of "
+        f"mask and training."
     )
     return f"{markdown(head, rows)}\n\n{note}"
 
