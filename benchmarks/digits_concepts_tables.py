@@ -105,23 +105,24 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *rows])
 
 
-def picture(before: Path, after: Mapping[str, Path], file: Path, samples: int = 4) -> None:
+def picture(before: Path, after: Mapping[str, Path], file: Path, samples: int = 6) -> None:
     """Images of the same prompts and the same noise, one column a pipeline."""
     import digits_pipelines as digits
+    import torch.nn.functional as F
 
     from pecker_fast.report import new_figure, write_figure
 
-    columns = {"before": before, **after}
-    figure = new_figure((2.2 * len(columns), 6))
+    columns, rows, width = {"before": before, **after}, len(WORDS), 2.4
+    figure = new_figure((width * len(columns) + 0.6, width * rows / samples + 0.4))
     for place, (name, folder) in enumerate(columns.items(), 1):
-        images = digits.draw(digits.load(folder), samples)
+        images = F.pad(digits.draw(digits.load(folder), samples), (1, 1, 1, 1), value=1.0)
+        size = images.shape[-1]
+        mosaic = images.view(rows, samples, 3, size, size).permute(0, 3, 1, 4, 2).reshape(rows * size, -1, 3)
         axes = figure.add_subplot(1, len(columns), place)
-        rows, (_, height, width) = len(WORDS), images.shape[1:]
-        mosaic = images.view(rows, samples, 3, height, width).permute(0, 3, 1, 4, 2)
-        axes.imshow(mosaic.reshape(rows * height, samples * width, 3).numpy(), interpolation="nearest")
+        axes.imshow(mosaic.numpy(), interpolation="nearest")
         axes.set_title(name)
         axes.set_xticks([])
-        axes.set_yticks([height * (row + 0.5) for row in range(rows)], WORDS if place == 1 else [""] * rows)
+        axes.set_yticks([size * (row + 0.5) for row in range(rows)], WORDS if place == 1 else [""] * rows)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     write_figure(figure, file)
