@@ -50,7 +50,7 @@ def study(tmp_path_factory, monkeymodule):
 
 @pytest.fixture(scope="module")
 def results(study, monkeymodule):
-    """Of one run that takes one step, and one that takes many."""
+    """Of one erasure, which takes one step, and of the control, which takes many."""
 
     def command(*arguments):
         said = io.StringIO()
@@ -62,8 +62,8 @@ def results(study, monkeymodule):
         return SimpleNamespace(stdout=said.getvalue())
 
     monkeymodule.setattr(study_script, "command", command)
-    monkeymodule.setattr(study_script, "RUNS", {name: study_script.RUNS[name] for name in ("pecker", "esd")})
-    monkeymodule.setattr(tables, "SHOWN", ("esd",))
+    monkeymodule.setattr(study_script, "RUNS", {"pecker": study_script.RUNS["pecker"]})
+    monkeymodule.setattr(tables, "SHOWN", ())
     study_script.write_json(study.folder / "parts" / "pipeline.json", {"seconds": 1.0})
     study_script.main(study.folder, results_dir=study.folder / "docs", short=True)
     return study_script.read_json(study.folder / "docs" / "concepts.json")
@@ -97,39 +97,42 @@ def test_prompt_files_are_the_captions():
 
 
 def test_what_comes_out_is_exact(results):
-    assert results["before"]["reloaded"]["same_in_new_process"]
-    for name in ("pecker", "esd"):
-        runs = results["runs"][name]
-        assert runs["0"]["reloaded"]["same_in_new_process"]
-        assert runs["0"]["reloaded"]["sha256"] != results["before"]["reloaded"]["sha256"]
-        assert runs["0"]["delta"]["applied_bit_for_bit"] and runs["0"]["delta"]["reverted_bit_for_bit"]
-        assert runs["0"]["delta"]["delta_bytes"] < runs["0"]["delta"]["unet_bytes"] / 2
-        assert runs["0"]["relearned"]["curve"][-1][0] == 1 or runs["0"]["relearned"]["steps_to_return"] == 0
-        assert all(sum(row) == 2 for row in runs["0"]["judged"]["seen"])
-    assert results["runs"]["pecker"]["0"]["unlearn"]["one_step"]
-    assert not results["runs"]["esd"]["0"]["unlearn"]["one_step"]
+    before, after = results["before"], results["runs"]["pecker"]["0"]
+    assert before["reloaded"]["same_in_new_process"] and after["reloaded"]["same_in_new_process"]
+    assert after["reloaded"]["sha256"] != before["reloaded"]["sha256"]
+    assert after["delta"]["applied_bit_for_bit"] and after["delta"]["reverted_bit_for_bit"]
+    assert after["delta"]["delta_bytes"] < after["delta"]["unet_bytes"] / 2
+
+
+def test_every_run_is_judged_and_attacked(results):
+    control = results["runs"][study_script.RETRAINED]["0"]
+    assert results["runs"]["pecker"]["0"]["unlearn"]["one_step"] and not control["unlearn"]["one_step"]
+    for run in (results["runs"]["pecker"]["0"], control):
+        assert all(sum(row) == results["samples"] for row in run["judged"]["seen"])
+        assert run["relearned"]["curve"][-1][0] == 1 or run["relearned"]["steps_to_return"] == 0
 
 
 def test_parts_that_are_done_are_not_repeated(study, results, monkeypatch):
     monkeypatch.setattr(study_script, "command", None)
-    assert study.run("esd", 0) == results["runs"]["esd"]["0"]
+    assert study.run("pecker", 0) == results["runs"]["pecker"]["0"]
     picture = study.folder / "docs" / "before_after.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_attack_leaves_the_pipeline_as_it_is(study, results):
-    run = study.folder / "esd-0" / "model"
-    assert digits.fingerprint(digits.load(run)) == results["runs"]["esd"]["0"]["reloaded"]["sha256"]
+    erased = study.folder / "pecker-0" / "model"
+    assert digits.fingerprint(digits.load(erased)) == results["runs"]["pecker"]["0"]["reloaded"]["sha256"]
 
 
 def test_another_pipeline_is_not_the_same(study, results):
-    before, after = study.pipeline, study.folder / "esd-0" / "model"
-    assert study_script.same(before, before) and not study_script.same(before, after)
+    before, after = study.pipeline, study.folder / "pecker-0" / "model"
+    assert study_script.digest(before) == study_script.digest(before) != study_script.digest(after)
+    assert not study_script.same(before, after)
 
 
 def test_tables(results):
     text = tables.everything(results)
-    assert text.count("| yes | yes | yes |") == 2 and "NO" not in text
+    assert text.count("| yes | yes | yes |") == 1 and "NO" not in text
     seen = [[0] * 10 for _ in range(10)]
     for digit, row in enumerate(seen):
         row[digit] = 10
