@@ -6,8 +6,8 @@ arguments and, under ``generation``, everything needed to sample from it::
     {"kind": "one_step", "t_init": 500, "schedule": {...}, "sample_shape": [1, 8, 8]}
     {"kind": "ddim", "steps": 20, "schedule": {...}, "sample_shape": [1, 8, 8]}
 
-``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W). ``clip``, 1 where it is not given, is the largest
-magnitude of a sample; latents, which have no bounds, take None. A model that carries deltas has
+``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W). ``clip``, 1 where it is not given, is the
+largest magnitude of a sample; latents, which have no bounds, take None. A model that carries deltas has
 ``pecker_deltas.json`` beside its weights (see `pecker_fast.delta.ledger`).
 
 Weights may be stored in fewer bits than they are used in, and in several files: then ``config.json`` also has
