@@ -13,7 +13,6 @@ import datetime
 import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import digits_pipelines as digits  # noqa: E402
 import torch  # noqa: E402
 import train_digits_pipeline as example  # noqa: E402
 from digits_concepts_runs import RETRAINED, RUNS, SHARED, SHORT  # noqa: E402
+from machines import here  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from pecker_fast import NoiseSchedule  # noqa: E402
@@ -81,8 +81,8 @@ class Study:
         base = ("--pretrained_model_name_or_path", self.pipeline)
         said = pecker_fast("unlearn", *base, "--output_dir", folder, flags=flags)
         kept = ("one_step", "density", "trainable_parameters", "parameters", "step")
-        settings = {name: str(value) for name, value in flags.items() if not name.endswith("_prompts")}
-        return {"flags": settings, "training_seconds": said["seconds"]} | {name: said[name] for name in kept}
+        settings = as_arguments({name: value for name, value in flags.items() if not isinstance(value, Path)})
+        return {"flags": " ".join(settings), "training_seconds": said["seconds"]} | {name: said[name] for name in kept}
 
     def retrain(self, seed: int) -> dict[str, Any]:
         """A UNet and text encoder that never saw the digit, beside the same VAE: what relearning is compared with."""
@@ -155,11 +155,16 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def pecker_fast(*arguments: object, flags: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run a command of ours; what it says."""
-    given: list[object] = []
-    for name, value in (flags or {}).items():
-        given += [f"--{name}", *(value if isinstance(value, tuple) else (value,))]
-    said = command("-m", "pecker_fast", *arguments, *given, "--quiet", "--json").stdout
+    said = command("-m", "pecker_fast", *arguments, *as_arguments(flags or {}), "--quiet", "--json").stdout
     return dict(json.loads(said))
+
+
+def as_arguments(flags: dict[str, Any]) -> list[str]:
+    """As a command line has them."""
+    given = []
+    for name, value in flags.items():
+        given += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return given
 
 
 def same(one: Path, other: Path) -> bool:
@@ -196,8 +201,7 @@ def main(output_dir: Path, seeds: Sequence[int] = (0,), results_dir: Path | None
     results = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {**versions(), **library_versions()},
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
+        "machine": here().name,
         "forget": FORGET,
         "override": OVERRIDE,
         "samples": study.samples,

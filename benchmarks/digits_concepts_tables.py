@@ -34,7 +34,7 @@ def erasures(results: Mapping[str, Any]) -> str:
             [
                 name,
                 "1" if command["one_step"] else "20",
-                f"{command['trainable_parameters']:,} ({command['density']:.0%})",
+                f"{command['trainable_parameters']:,} ({command['density']:.1%})",
                 *_unlearned(results, [run["judged"] for run in runs]),
                 f"{kept:.1%}",
                 f"{kept / before:.2f}" if before else "",
@@ -79,11 +79,10 @@ def exactness(results: Mapping[str, Any]) -> str:
 
 def machine(results: Mapping[str, Any]) -> str:
     """Where, when, with what, and how long."""
-    known = ", ".join(f"{name} {value}" for name, value in results["versions"].items() if name != "machine")
-    total = sum(_seconds(results))
+    known = ", ".join(f"{name} {results['versions'][name]}" for name in ("pecker_fast", "diffusers", "transformers"))
     return (
-        f"{results['cores']} cores ({results['platform']}), {results['date']}; {known}. "
-        f"The pipeline took {results['pipeline']['seconds']:.0f} s, all of it {total / 60:.0f} minutes."
+        f"{results['machine']}, {known}, {results['date']}. Training the pipeline took "
+        f"{results['pipeline']['seconds']:.0f} s, everything {sum(_seconds(results)) / 60:.0f} minutes."
     )
 
 
