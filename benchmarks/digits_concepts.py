@@ -1,7 +1,7 @@
 """A Stable Diffusion of digits forgets "three", by prompt, in every way that pipelines have: docs/results/concepts.md.
 
 Everything is done by the example script and the public commands, and in parts: those that OUT has are not done again.
-Needs no network, no GPU, and about 20 minutes of two cores.
+Needs no network and no GPU.
 
 python benchmarks/digits_concepts.py --output_dir OUT [--seeds 0 1 2] [--results_dir docs/results/concepts]
 """
