@@ -135,13 +135,13 @@ class Study:
         """Everything about one erasure."""
         folder = self.run_folder(name, seed)
         retrained = name == RETRAINED
-        parts = {
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
             "unlearn": lambda: self.retrain(seed) if retrained else self.unlearn(name, seed),
             "judged": lambda: self.judge(folder / "model"),
             "relearned": lambda: self.attack(folder / "model"),
-            "reloaded": lambda: self.reload(folder / "model"),
-            **({} if retrained else {"delta": lambda: self.switch(folder)}),
         }
+        if not retrained:
+            parts |= {"reloaded": lambda: self.reload(folder / "model"), "delta": lambda: self.switch(folder)}
         return {part: self.part(f"{name} {seed} {part}", work) for part, work in parts.items()}
 
 

@@ -67,13 +67,16 @@ def exactness(results: Mapping[str, Any]) -> str:
     head = ["", "same images in a new process", "delta applied", "delta reverted", "delta", "UNet"]
     rows = [["before", _yes([results["before"]["reloaded"]["same_in_new_process"]]), "", "", "", ""]]
     for name, seeds in results["runs"].items():
-        runs = list(seeds.values())
-        deltas = [run["delta"] for run in runs if "delta" in run]
-        row = [name, _yes([run["reloaded"]["same_in_new_process"] for run in runs]), "", "", "", ""]
-        if deltas:
-            row[2:4] = [_yes([delta[f"{way}_bit_for_bit"] for delta in deltas]) for way in ("applied", "reverted")]
-            row[4:] = [f"{deltas[0][part] / 1e6:.2f} MB" for part in ("delta_bytes", "unet_bytes")]
-        rows.append(row)
+        runs = [run for run in seeds.values() if "delta" in run]
+        if not runs:
+            continue
+        flags = [
+            [run["reloaded"]["same_in_new_process"] for run in runs],
+            [run["delta"]["applied_bit_for_bit"] for run in runs],
+            [run["delta"]["reverted_bit_for_bit"] for run in runs],
+        ]
+        sizes = [f"{runs[0]['delta'][part] / 1e6:.2f} MB" for part in ("delta_bytes", "unet_bytes")]
+        rows.append([name, *map(_yes, flags), *sizes])
     return markdown(head, rows)
 
 
