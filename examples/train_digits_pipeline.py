@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -31,11 +32,16 @@ CAPTION_DROPOUT = 0.1  # without a caption now and then there is no guidance lat
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer, with byte pairs learned from our captions: each of their words is one token."""
-    captions = [template.format(word) for template in TEMPLATES for word in WORDS]
-    tokenizer = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=1000, show_progress=False)
-    tokenizer.model_max_length = 16
-    return tokenizer
+    """CLIP's tokenizer with a vocabulary of our own: single bytes, and each word of our captions as one token."""
+    words = " ".join(template.format(" ".join(WORDS)) for template in TEMPLATES).split()
+    spelled = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}  # </w> ends a word
+    merges = dict.fromkeys(
+        ("".join(parts[:end]), parts[end]) for parts in spelled.values() for end in range(1, len(parts))
+    )
+    letters = sorted(ByteLevel.alphabet())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokens += ["".join(pair) for pair in merges]
+    return CLIPTokenizer({token: number for number, token in enumerate(tokens)}, list(merges), model_max_length=16)
 
 
 def make_pipeline() -> StableDiffusionPipeline:
