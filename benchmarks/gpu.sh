@@ -2,7 +2,7 @@
 # Tests and benchmarks on a machine with a GPU, in under nine and a half minutes however many parts are named.
 #   usage: benchmarks/gpu.sh OUT [PART...]
 # Parts, in order of importance, all of them if none is named: tests sanitize optimizer wgrad step select sweep;
-# and distill, which compiles for minutes and so runs only if it is named, best alone.
+# and distill, which compiles for minutes, and sd, which needs diffusers; these run only if they are named, best alone.
 # The native module is taken from an installed pecker_fast on PYTHONPATH, or built in place if it is missing or has no
 # CUDA kernels (needs nvcc, cmake, ninja, pybind11).
 # Writes OUT/machine.json, OUT/PART.log, for benchmarks OUT/PART.json after every row, and OUT/summary.txt. A part that
@@ -21,7 +21,7 @@ done
 export PYTHONPATH="$PWD/benchmarks:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 rehearse=${PECKER_FAST_REHEARSE:-0}
 deadline=$((SECONDS + ${SECONDS_IN_ALL:-560}))
-declare -A weight=([tests]=24 [sanitize]=16 [optimizer]=14 [wgrad]=26 [step]=18 [select]=9 [sweep]=17 [distill]=60)
+declare -A weight=([tests]=24 [sanitize]=16 [optimizer]=14 [wgrad]=26 [step]=18 [select]=9 [sweep]=17 [distill]=60 [sd]=60)
 parts=("$@")
 ((${#parts[@]})) || parts=(tests sanitize optimizer wgrad step select sweep)
 for part in "${parts[@]}"; do
@@ -151,6 +151,14 @@ while ((${#parts[@]})); do
     step) benchmark "$part" "$limit_s" bench_training_step.py ;;
     select) benchmark "$part" "$limit_s" bench_select.py ;;
     distill) benchmark "$part" "$limit_s" bench_distillation.py ;;
+    sd)
+      if missing=$("$python" -c 'from diffusers import UNet2DConditionModel' 2>&1); then
+        benchmark "$part" "$limit_s" bench_text_to_image.py
+      else
+        skip sd "diffusers cannot be imported: ${missing##*$'\n'}"
+        failed=1
+      fi
+      ;;
     sweep) benchmark "$part" "$limit_s" bench_tiles.py ;;
   esac
   parts=("${parts[@]:1}")

@@ -6,6 +6,7 @@ python -m pytest benchmarks/ --benchmark-only --rows benchmarks/results/cpu/kern
 pecker-fast demo --output_dir runs/demo && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
 pecker-fast demo --mask_density 0.1 --output_dir runs/sparser  # and its metrics.json as demo_density_0.1.json
 python benchmarks/digits_concepts.py --output_dir OUT --results_dir docs/results/concepts
+python benchmarks/count_text_to_image.py
 benchmarks/gpu.sh OUT  # on a machine with a GPU; its optimizer.json, wgrad.json, ... as benchmarks/results/<gpu>/*.json
 python benchmarks/report.py [--check]
 """
@@ -58,6 +59,35 @@ def distill_table(results: dict[str, Any]) -> str:
     """An iteration of the distiller: times, then what is counted."""
     figures = "\n".join(_figure(figure) for figure in results["figures"])
     return f"{kernels_table(results)}\n\n{figures}"
+
+
+def text_to_image_table(results: dict[str, Any]) -> str:
+    """FLOPs of an iteration switch by switch, then memory by part; counted, not timed."""
+    head = ["an iteration", "F", "of the published", "generator", "true score", "fake score"]
+    networks = ("generator", "true_score", "fake_score")
+    forward = results["flops"][0]["total"] / results["flops"][0]["forwards"]
+    rows = [
+        [row["what"], f"{row['forwards']:.1f}", f"{row['share']:.3f}"]
+        + [f"{sum(row[network].values()) / forward:.1f}" for network in networks]
+        for row in results["flops"]
+    ]
+    memory = results["memory"]
+    parts = list(dict.fromkeys(part for row in memory for part, size in row["parts"].items() if size >= 5e6))
+    titles = [part.replace("_", " ") for part in (*parts, "activations", "peak")]
+    held = [[f"{row['parts'].get(part, 0) / 1e9:.2f}" for part in parts] for row in memory]
+    bytes_ = [
+        [row["what"], *own, f"{row['activations'] / 1e9:.2f}", f"**{row['peak'] / 1e9:.1f}**"]
+        for row, own in zip(memory, held, strict=True)
+    ]
+    note = (
+        f"Counted, not timed: tensors without data, torch {results['versions']['torch']}; "
+        f"{results['batch_size']} retained and {results['batch_size']} forgotten prompts, latents of 64 x 64; "
+        f"F = {forward / 1e12:.3f} TFLOP, one forward of one network on {results['batch_size']} prompts"
+    )
+    return (
+        f"{_markdown(head, rows)}\n\n{note}, attention as products.\n\n"
+        f"{_markdown(['GB', *titles], bytes_)}\n\nNetworks in bfloat16, attention fused."
+    )
 
 
 def demo_table(metrics: dict[str, Any]) -> str:
@@ -160,7 +190,7 @@ def _markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TOPICS = ("optimizer", "wgrad", "step", "select", "sweep", "distill")
+TOPICS = ("optimizer", "wgrad", "step", "select", "sweep", "distill", "sd")
 """Files of a GPU, in the order in which they are shown."""
 NO_GPU = "No GPU has measured these kernels yet; on a machine with one, `benchmarks/gpu.sh OUT` tests and times them."
 ON_GPUS = "<gpu>/*.json"
@@ -180,6 +210,7 @@ TABLES = {
     BENCHMARKS: {
         "all kernels": ("cpu/kernels.json", kernels_table),
         "all kernels on a GPU": (ON_GPUS, gpu_tables),
+        "text to image": ("cpu/text_to_image.json", text_to_image_table),
     },
     QUALITY: {
         "switches": ("cpu/quality.json", quality.switches),

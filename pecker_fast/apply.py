@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 import torch
@@ -18,7 +18,11 @@ from pecker_fast.scatter import DTYPE_CODES
 
 
 def apply_mask(
-    model: nn.Module, mask: BlockMask, *, unmaskable: Literal["frozen", "dense"] = "frozen"
+    model: nn.Module,
+    mask: BlockMask,
+    *,
+    unmaskable: Literal["frozen", "dense"] = "frozen",
+    shared: bool = False,
 ) -> ActiveParameters:
     """Train only the active blocks of ``model``, in place: two changed lines in anybody's loop.
 
@@ -31,6 +35,8 @@ def apply_mask(
         mask: Which blocks are active, made for this model.
         unmaskable: What becomes of weights that cannot be masked (convolutions other than 2-d, recurrent and fused
             attention weights, ...): they stay "frozen", or train "dense".
+        shared: The model's weights are in the storage of another's, as ``dense_copy(share=True)`` leaves them; those
+            that train get one of their own.
 
     Returns:
         The store of the active weights; give its ``parameters()`` to any optimizer, or the store to ``MaskedAdamW``.
@@ -52,6 +58,8 @@ def apply_mask(
     check_mask(model, mask, found, dense)
     layers = layers_to_swap(model, mask, found)
     _refuse_parts_of_masked_models(model, layers)
+    if shared:
+        _own_weights(model, mask, dense)
     return ActiveParameters(model, mask, layers, found, dense)
 
 
@@ -61,7 +69,7 @@ def dense_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
     Args:
         model: The model, masked or not.
         share: The copy's weights are parameters of their own in the storage of ``model``'s, which must not be masked;
-            ``own_weights`` gives those that are to change a storage of their own.
+            ``apply_mask(shared=True)`` gives those that train a storage of their own.
     """
     memo: dict[int, object] = {}
     if share and STORE not in vars(model):
@@ -72,18 +80,30 @@ def dense_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
     return copied.eval()
 
 
-def own_weights(model: nn.Module, mask: BlockMask) -> None:
-    """Give weights that ``mask`` touches a storage of their own, as ``dense_copy(..., share=True)`` left them shared.
-
-    A weight that trains whole in its masters' dtype gets one from ``apply_mask`` anyway.
-    """
+def _own_weights(model: nn.Module, mask: BlockMask, dense: Collection[str]) -> None:
+    """Give weights that will train a storage of their own; what trains whole in its masters' dtype gets one anyway."""
     weights = dict(model.named_parameters())
     masters = torch.float64 if any(p.dtype == torch.float64 for p in weights.values()) else torch.float32
     for name, weight in weights.items():
         parameter = mask.parameters.get(name)
-        trains_whole = parameter is not None and parameter.is_full and weight.dtype == masters
-        if (parameter is None or parameter.numel) and not trains_whole:
+        whole = parameter is not None and parameter.is_full and weight.dtype == masters
+        if name in dense or (parameter is not None and parameter.numel and not whole):
             weight.data = weight.data.clone()
+
+
+def check_shared_weights(model: nn.Module, mask: BlockMask, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to load ``weights`` into a model that shares storage, where they differ in what no mask touches.
+
+    Raises:
+        ValueError: They do; loading them would change the other models of that storage.
+    """
+    for name, own in model.named_parameters():
+        touched = name not in mask.parameters or mask.parameters[name].numel
+        if not touched and name in weights and not torch.equal(own, weights[name].to(own.device)):
+            raise ValueError(
+                f"the state is of another model: {name} is frozen and differs, and with share_frozen_weights frozen "
+                f"weights are those of the original; load it where it was saved, or do not share"
+            )
 
 
 def check_mask(model: nn.Module, mask: BlockMask, found: Survey, adopted: Collection[str]) -> None:

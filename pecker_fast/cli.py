@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -107,18 +107,20 @@ def _print(outcome: Outcome, options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(outcome.values, indent=2, default=str))
     elif not options.quiet:
-        print("\n".join(_lines(outcome.values)) if outcome.text is None else outcome.text)
+        print("\n".join(_lines(outcome.values, outcome.shown)) if outcome.text is None else outcome.text)
 
 
-def _lines(values: Any, indent: str = "") -> list[str]:
-    """Nested values for people, one a line."""
+def _lines(values: Mapping[str, Any], shown: Mapping[str, str], indent: str = "") -> list[str]:
+    """Nested values for people, one a line; those that are ``shown`` in another way as they are there."""
     lines: list[str] = []
     for key, value in values.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
+        if key in shown and not indent:
+            lines.append(shown[key])
+        elif isinstance(value, dict):
+            lines += [f"{indent}{key}:", *_lines(value, shown, indent + "  ")]
         else:
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            lines.append(f"{indent}{key}: {shown}")
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            lines.append(f"{indent}{key}: {text}")
     return lines
 
 

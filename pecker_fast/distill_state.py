@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from pecker_fast import distill_parts
+from pecker_fast.apply import check_shared_weights
 from pecker_fast.mask import BlockMask
 
 
@@ -43,6 +44,9 @@ def load_state(distiller: Distiller, state: Mapping[str, Any]) -> None:
         distiller.use_mask(mask, fake_score_mask)
     elif distiller.mask != mask or distiller.fake_score_mask != fake_score_mask:
         raise ValueError("the state was saved with another mask; load it into a new MaskedDistiller")
+    if distiller.config.share_frozen_weights:
+        check_shared_weights(distiller.generator, mask, state["generator"])
+        check_shared_weights(distiller.fake_score, fake_score_mask, state["fake_score"])
     distiller.generator.load_state_dict(state["generator"])
     distiller.fake_score.load_state_dict(state["fake_score"])
     distiller.generator_optimizer.load_state_dict(state["generator_optimizer"])

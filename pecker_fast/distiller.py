@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pecker_fast import distill_checkpoint, distill_output, distill_state
 from pecker_fast.active import ActiveParameters
-from pecker_fast.apply import apply_mask, dense_copy, own_weights
+from pecker_fast.apply import apply_mask, dense_copy
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.config import DistillConfig
 from pecker_fast.distill_checkpoint import Checkpoint
@@ -156,12 +156,11 @@ class MaskedDistiller:
     def _apply(self, mask: BlockMask, fake_score_mask: BlockMask) -> tuple[ActiveParameters, ActiveParameters]:
         """Both masks, or none."""
         all_of_it = all(parameter.is_full for parameter in fake_score_mask.parameters.values())
-        if self.config.share_frozen_weights:
-            own_weights(self.generator, mask)
-            own_weights(self.fake_score, fake_score_mask)
-        active = apply_mask(self.generator, mask)
+        shared = self.config.share_frozen_weights
+        unmaskable: Literal["dense", "frozen"] = "dense" if all_of_it else "frozen"
+        active = apply_mask(self.generator, mask, shared=shared)
         try:
-            return active, apply_mask(self.fake_score, fake_score_mask, unmaskable="dense" if all_of_it else "frozen")
+            return active, apply_mask(self.fake_score, fake_score_mask, unmaskable=unmaskable, shared=shared)
         except BaseException:
             active.remove()
             raise

@@ -58,6 +58,13 @@ def test_what_is_not_given_is_the_configs(teacher, capsys):  # noqa: F811
     assert found == {"max_train_steps": 500, **json.loads(json.dumps(expected))}
 
 
+def test_other_names_of_distilling(teacher, capsys):  # noqa: F811
+    assert settings(capsys, teacher, "pecker") == settings(capsys, teacher, "distill")
+    assert settings(capsys, teacher, "sfd") == settings(capsys, teacher, "distill", "--mask", "dense")
+    assert unlearn(teacher, "sfd", "--mask", "random") == 2
+    assert "--method sfd trains every weight" in _error(capsys, "unlearn")
+
+
 def test_salun_has_its_mask_unless_flags_say_otherwise(teacher, capsys):  # noqa: F811
     found = settings(capsys, teacher, "salun")
     assert (found["method"], found["mask"]) == ("random_label", salun_mask_config().to_dict())

@@ -18,13 +18,13 @@ from pecker_fast.compare import harness as harness_module
 from pecker_fast.compare.contestants import get_ready, make
 from pecker_fast.compare.harness import Harness
 from pecker_fast.compare.judging import Panel
-from pecker_fast.compare.memory import peak_mib
 from pecker_fast.compare.methods import methods
 from pecker_fast.compare.plan import Job, Plan
 from pecker_fast.compare.store import RUNS
 from pecker_fast.compare.task import Task
 from pecker_fast.data import ImageData
 from pecker_fast.data.npz import write_npz
+from pecker_fast.memory_meter import peak_mib
 from pecker_fast.models import DDPMUNet, DigitsClassifier
 
 SCHEDULE = NoiseSchedule.linear(20)

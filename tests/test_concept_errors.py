@@ -4,11 +4,15 @@ import json
 import shutil
 
 import pytest
+from models import conv_net
 from pipelines import write_pipeline
 
+from pecker_fast import BlockMask
 from pecker_fast.cli import main
 from pecker_fast.concepts import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,8 @@ def change(file, **values):
         ("unet/config.json", {"num_class_embeds": 1000}, "num_class_embeds is 1000"),
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels and gives 4: it is for inpainting"),
         ("unet/config.json", {"sample_size": None}, "sample_size is None"),
+        ("unet/config.json", {"layers_per_block": 2}, "does not fit config.json: down_blocks.0.attentions.1"),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 10**30}, "has no model_max_length"),
         ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type is 'sample'; expected eps"),
         ("scheduler/scheduler_config.json", {"trained_betas": [0.1], "timestep_spacing": "trailing"}, "--init_gen"),
     ],
@@ -82,6 +88,7 @@ def test_pipelines_that_are_not_supported(file, values, text, here, capsys):
             ),
             "only diffusion_pytorch_model.fp16.safetensors; copy the folder",
         ),
+        (lambda base: (base / UNET).write_bytes((base / UNET).read_bytes()[:1000]), "truncated or not a safetensors"),
         (lambda base: (base / "text_encoder/model.safetensors").unlink(), "text_encoder: has no safetensors file"),
     ],
 )
@@ -112,17 +119,25 @@ LONG = "a photo of a cat with an extraordinarily long name"
         (["--method", "sfd", "--mask_density", "0.1"], 2, "--mask_density: has no say in --method sfd"),
         (["--learning_rate", "1"], 2, "--learning_rate: has no say"),
         (["--train_method", "xattn", "--mask_region", "decoder"], 2, "--mask_region: cannot be given with"),
+        (["--train_method", "xattn", "--mask_density", "0.5"], 2, "--mask_region holds 0.0432 of the UNet's weights"),
+        (["--mask_region", "nowhere."], 2, "no weight's name begins with 'nowhere.'"),
         (["--negative_in", "true_score"], 2, "--negative_in: says where --negative_prompt has a say"),
         (["--guidance_scale", "1", "2"], 2, "--guidance_scale: expected one number, or three, got 2"),
         (["--t_max", "2000"], 2, "2000"),
         (["--earlier", "none"], 3, "none/delta"),
         (["--mask_path", "none.safetensors"], 3, "none.safetensors"),
+        (
+            ["--mask_path", "other.safetensors"],
+            3,
+            "other.safetensors: is for 0.weight of shape (16, 3, 3, 3), the",
+        ),
         (["--init_generator", "none"], 3, "none: no such folder"),
         (["--prompt_templates", "keep.txt"], 2, "has no {} for the concept"),
     ],
 )
 def test_flags_and_prompts(flags, code, text, here, capsys):
     (here / "empty.txt").write_text("# nothing\n")
+    BlockMask.random(conv_net(), 0.5, "row").save("other.safetensors")
     refused(capsys, code, text, *flags)
     assert not (here / "out").exists()
 

@@ -12,6 +12,7 @@ from pipelines import write_pipeline
 from safetensors.torch import load_file
 
 from pecker_fast import models
+from pecker_fast.cli import main
 from pecker_fast.delta import Ledger
 from pecker_fast.models.storage import WEIGHTS_NAME
 
@@ -60,14 +61,13 @@ def test_embed_text_to_image_changes_masked_weights_alone(pipeline, tmp_path, ca
 
 
 def test_erase_celebrity(pipeline, tmp_path, capsys):
-    pytest.importorskip("pecker_fast.concept_flags")
     erase = runpy.run_path(str(EXAMPLES / "erase_celebrity.py"))["erase"]
     assert erase(pipeline, tmp_path, "the cat", "the dog", short=True) == 0
     _was_erased(pipeline, tmp_path / "out" / "model")
+    _there_and_back(pipeline, tmp_path / "out", tmp_path)
 
 
 def test_erase_nudity(pipeline, tmp_path, capsys):
-    pytest.importorskip("pecker_fast.concept_flags")
     erase = runpy.run_path(str(EXAMPLES / "erase_nudity.py"))
     assert erase["erase"](pipeline, tmp_path, short=True) == 0
     _was_erased(pipeline, tmp_path / "out" / "model")
@@ -81,6 +81,17 @@ def _was_erased(before, after):
     old, new = _unet(before), _unet(after)
     share = sum(int((new[name] != old[name]).sum()) for name in old) / sum(weight.numel() for weight in old.values())
     assert 0 < share <= 0.101
+
+
+def _there_and_back(base, erased, folder):
+    """Its delta makes of the ordinary pipeline the one-step generator, scheduler and all, and the other way round."""
+    flags = ["--delta", str(erased / "delta"), "--quiet", "--output_dir"]
+    assert main(["delta", "apply", "--model", str(base), *flags, str(folder / "edited")]) == 0
+    assert main(["delta", "revert", "--model", str(folder / "edited"), *flags, str(folder / "back")]) == 0
+    for name in (f"unet/{WEIGHTS_NAME}", "scheduler/scheduler_config.json"):
+        assert (folder / "edited" / name).read_bytes() == (erased / "model" / name).read_bytes()
+    for file in (path for path in base.rglob("*") if path.is_file()):
+        assert (folder / "back" / file.relative_to(base)).read_bytes() == file.read_bytes()
 
 
 def test_prompts_of_the_examples_are_prompts():

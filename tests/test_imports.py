@@ -9,7 +9,7 @@ import pecker_fast
 
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
-    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal"],
+    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter"],
     ["checkpoint", "blocks", "regions", "settings", "step_metrics", "torch_file", "pickle_machine"],
     ["mask_config", "config_file", "data", "prompt_files"],
     ["config", "distributed", "scatter", "schedule", "manifest", "prompt_protocols"],
@@ -36,8 +36,9 @@ LAYERS = [
     ["refresh", "distill_parts", "distill_output", "distill_samples", "distill_updates", "distilled"],
     ["distill_checkpoint", "distill_state"],
     ["distiller", "trainer", "baselines"],
-    ["digits_task", "report", "flags", "concepts"],
-    ["demo", "data_flags", "delta_flags", "baseline_flags", "compare_flags", "convert_flags"],
+    ["digits_task", "report", "flags", "concepts", "memory_parts"],
+    ["time_estimate"],
+    ["memory_estimate", "demo", "data_flags", "delta_flags", "baseline_flags", "compare_flags", "convert_flags"],
     ["concept_flags"],
     ["distill_flags", "evaluate_flags", "compare"],
     ["commands", "parser"],

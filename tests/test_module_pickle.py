@@ -120,17 +120,19 @@ def test_files_of_torch_save_are_named(tmp_path, monkeypatch):
         assert "is a file of torch.save" in _refused(tmp_path, monkeypatch, stream.getvalue())
 
 
-def _storage_claiming(numel):
-    """A storage of 2 halves, and a header that announces more."""
+def _storage():
+    """Two halves, as torch pickles them."""
     stream = io.BytesIO()
     storage = torch.storage.TypedStorage([0.0, 0.0], dtype=torch.float16, _internal=True)
     torch.save(storage, stream, _use_new_zipfile_serialization=False)
-    return stream.getvalue().replace(b"K\x02Nt", b"J" + struct.pack("<i", numel) + b"Nt")
+    return stream.getvalue()
 
 
 def test_headers_that_claim_more_than_the_file_has(tmp_path, monkeypatch):
-    for numel in (1 << 30, -1, 3):
-        content = {"ema": _Calls(torch.storage._load_from_bytes, (_storage_claiming(numel),))}
+    raw = _storage()
+    described = [raw.replace(b"K\x02Nt", b"J" + struct.pack("<i", numel) + b"Nt") for numel in (1 << 30, -1, 3)]
+    for damaged in (*described, raw[:-12] + (3).to_bytes(8, "little") + raw[-4:], raw[:-1], raw + b"\0"):
+        content = {"ema": _Calls(torch.storage._load_from_bytes, (damaged,))}
         message = _refused(tmp_path, monkeypatch, pickle.dumps(content))
         assert "bytes of numbers; expected" in message or "than a storage of numbers" in message
 

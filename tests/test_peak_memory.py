@@ -5,14 +5,14 @@ import random
 import pytest
 import torch
 
-from pecker_fast.compare import memory
+from pecker_fast import memory_meter
 
 UNIT = 2**12
 """float32 values, a 64th of a MiB."""
 
 
 def peak(step, held):
-    return memory.peak_mib(step, held, torch.device("cpu")) * 64
+    return memory_meter.peak_mib(step, held, torch.device("cpu")) * 64
 
 
 def test_any_order_of_making_and_dropping():
@@ -58,8 +58,8 @@ def test_what_grows_in_place_is_measured_anew():
 @pytest.mark.parametrize("count", [1, 300])
 def test_what_is_held_is_rarely_looked_through(count, monkeypatch):
     looks = []
-    expired = memory.StorageWeakRef.expired
-    monkeypatch.setattr(memory.StorageWeakRef, "expired", lambda self: looks.append(self) or expired(self))
+    expired = memory_meter.StorageWeakRef.expired
+    monkeypatch.setattr(memory_meter.StorageWeakRef, "expired", lambda self: looks.append(self) or expired(self))
     held = [torch.zeros(8) for _ in range(count)]
     peak(lambda: [tensor.add_(tensor + 1) for tensor in held], held)
     assert len(looks) < 4 * count + 10

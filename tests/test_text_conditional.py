@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from pecker_fast import BaselineConfig, DistillConfig, GuidanceConfig, MaskConfig, MaskedDistiller, NoiseSchedule
+from pecker_fast import (
+    BaselineConfig,
+    BlockMask,
+    DistillConfig,
+    GuidanceConfig,
+    MaskConfig,
+    MaskedDistiller,
+    NoiseSchedule,
+)
 from pecker_fast.baselines import Baseline
 from pecker_fast.score_model import TextConditional, predictor
 
@@ -256,3 +264,39 @@ def test_settings_come_back_from_json():
     made = config(guidance=dataclasses.replace(GUIDANCE, negative_in=["fake_score"], dropout=0.1))
     assert DistillConfig.from_dict(made.to_dict()) == made
     assert made.retained == (0, 1, 2)
+
+
+def masked(**settings):
+    mask = MaskConfig(kind="random", density=0.05, block="row", region=("text.",), lr_scale="none")
+    return distiller(mask=mask, fake_score_mask="same", share_frozen_weights=True, **settings)
+
+
+def test_a_state_of_another_model_is_refused_before_it_writes_into_shared_weights():
+    saved, other = masked(), network()
+    with torch.no_grad():
+        other.conv_in.weight.add_(1)
+    saved.step()
+    state, ours = copy.deepcopy(saved.state_dict()), masked(teacher=other)
+    before = copy.deepcopy(ours.true_score.state_dict())
+    with pytest.raises(ValueError, match="conv_in.weight is frozen and differs"):
+        ours.load_state_dict(state)
+    assert all(torch.equal(weight, before[name]) for name, weight in ours.true_score.state_dict().items())
+    again = masked()
+    again.load_state_dict(state)
+    for one, next_one in zip(saved.step().values(), again.step().values(), strict=True):
+        assert torch.equal(one, next_one)
+
+
+def test_a_refused_mask_keeps_the_sharing():
+    ours = masked()
+    good = BlockMask.random(network(), 0.05, "row", region=("text.",))
+    with pytest.raises(ValueError, match="was not made for this Network"):
+        ours.use_mask(good, BlockMask.random(nn.Linear(3, 4), 0.5, "row"))
+    for name in ("conv_in", "norm", "conv_out"):
+        theirs = getattr(ours.true_score, name).weight.data_ptr()
+        assert (
+            getattr(ours.generator, name).weight.data_ptr()
+            == theirs
+            == getattr(ours.fake_score, name).weight.data_ptr()
+        )
+    assert ours.fake_score.text.weight.data_ptr() == ours.true_score.text.weight.data_ptr()

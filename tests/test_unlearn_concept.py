@@ -13,10 +13,14 @@ from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
 from pipelines import write_pipeline
 
+from pecker_fast import BlockMask, distill_masks
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
+from pecker_fast.commands.concept_job import Job
+from pecker_fast.commands.concept_training import sketch
 from pecker_fast.concepts import PipelineFolder, embed_prompts
 from pecker_fast.delta import Delta, Ledger
+from pecker_fast.parser import build_parser
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.score_model import TextConditional
 
@@ -215,3 +219,36 @@ def test_flags_are_settings(capsys):
     assert found["parameters"]["model"] == 203204 > found["parameters"]["active_at_most"] > 0
     assert "dry/model" in found["would_write"] and "dry/distill_config.json" in found["would_write"]
     assert not Path("dry").exists()
+
+
+def test_what_folders_and_files_say_is_a_setting(plain, capsys):
+    given = ("--mask_path", "plain/mask.safetensors", "--init_generator", "plain/model")
+    unlearn("dry", *PECKER, "--mask_density", "0.3", *given, "--dry_run", "--json")
+    found = json.loads(capsys.readouterr().out)
+    mask = BlockMask.load("plain/mask.safetensors")
+    assert found["parameters"]["active_at_most"] == mask.numel
+    assert (found["settings"]["mask"]["density"], found["settings"]["t_init"]) == (mask.density_asked, 625)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--init_generator", "plain/model", "--t_init", "500"), "the generator of plain/model starts at 625"),
+        (("--earlier", "plain"), "prompt 'cat' is forgotten already by plain"),
+    ],
+)
+def test_what_does_not_go_on_from_there(flags, text, plain, capsys):
+    unlearn("none", *PECKER, *flags, code=2)
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(*PECKER, "--mask", "saliency"), ESD], ids=["pecker", "esd"])
+def test_a_sketch_has_all_but_the_weights(flags, monkeypatch):
+    source = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "out", *FLAGS)
+    job = Job.read(build_parser().parse_args(["unlearn", *source, *flags, "--mixed_precision", "bf16"]))
+    monkeypatch.setattr(PipelineFolder, "tensors", None)
+    monkeypatch.setattr(distill_masks, "compute_saliency", None)
+    trainer = sketch(job)
+    assert 0.9 * job.active_at_most < trainer.active.numel <= job.active_at_most
+    assert {name: tuple(weight.shape) for name, weight in trainer.true_score.state_dict().items()} == job.base.shapes
+    assert {weight.dtype for weight in trainer.true_score.parameters()} == {torch.bfloat16}

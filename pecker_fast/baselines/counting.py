@@ -43,14 +43,20 @@ def _step(baseline: Baseline, stop: int) -> dict[str, dict[str, int]]:
     """Of one step, by network and kind, where "esd" samples for ``stop`` evaluations."""
     from pecker_fast.flop_table import count_by_network
 
+    rehearsal = ready_to_step(baseline, stop)
+    with count_by_network({name: getattr(rehearsal, name) for name in NETWORKS}) as table:
+        rehearsal.step()
+    return {name: dict(table.counts[name]) for name in NETWORKS}
+
+
+def ready_to_step(baseline: Baseline, stop: int) -> Baseline:
+    """A copy whose weights have no data, where "esd" samples for ``stop`` evaluations."""
     rehearsal = _rehearsal(baseline)
     rehearsal.work.stop = stop
     if rehearsal.config.method == "selective_amnesia":
         rehearsal.work.memory = _nothing_learnt(rehearsal)
         rehearsal.work.images["retain"] = _blank(rehearsal.work, rehearsal.config.retained[0])
-    with count_by_network({name: getattr(rehearsal, name) for name in NETWORKS}) as table:
-        rehearsal.step()
-    return {name: dict(table.counts[name]) for name in NETWORKS}
+    return rehearsal
 
 
 def _mask(baseline: Baseline) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pecker_fast.apply import check_shared_weights
 from pecker_fast.mask import BlockMask
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def load_state(baseline: Baseline, saved: Mapping[str, Any]) -> None:
     elif baseline.mask != mask:
         raise ValueError("the state was saved with another mask; load it into a new Baseline")
     baseline.prepare()  # Selective Amnesia remembers where the weights began, not where they are now
+    if baseline.config.share_frozen_weights:
+        check_shared_weights(baseline.network, mask, saved["network"])
     baseline.network.load_state_dict(saved["network"])
     baseline.optimizer.load_state_dict(saved["optimizer"])
     baseline.draws.rng.set_state(saved["rng"])

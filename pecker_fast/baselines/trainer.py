@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pecker_fast import distill_output
 from pecker_fast.active import ActiveParameters
-from pecker_fast.apply import apply_mask, dense_copy, own_weights
+from pecker_fast.apply import apply_mask, dense_copy
 from pecker_fast.baselines import counting, state
 from pecker_fast.baselines.config import BaselineConfig, Method
 from pecker_fast.baselines.data import Images, check_data, generated
@@ -144,9 +144,9 @@ class Baseline:
         all_of_it = all(parameter.is_full for parameter in mask.parameters.values())
         if self.config.method == "retrain" and not all_of_it:
             raise ValueError("mask: 'retrain' trains every weight, from scratch; give it a dense mask")
-        if self.config.share_frozen_weights:
-            own_weights(self.network, mask)
-        self.active: ActiveParameters = apply_mask(self.network, mask, unmaskable="dense" if all_of_it else "frozen")
+        unmaskable: Literal["dense", "frozen"] = "dense" if all_of_it else "frozen"
+        shared = self.config.share_frozen_weights
+        self.active: ActiveParameters = apply_mask(self.network, mask, unmaskable=unmaskable, shared=shared)
         rate = self.config.learning_rate
         self.optimizer = make_optimizer(self.settings, self.active, rate, self.config.ema_decay)
         self.mask = mask

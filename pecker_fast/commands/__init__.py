@@ -6,7 +6,7 @@ Nothing here parses arguments or prints, and nothing heavy is imported before a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -17,10 +17,12 @@ class Outcome:
     Attributes:
         values: For machines, plain JSON values.
         text: For people; None lists ``values``.
+        shown: Name of a value -> what that list has in its place.
     """
 
     values: Mapping[str, Any]
     text: str | None = None
+    shown: Mapping[str, str] = field(default_factory=dict)
 
 
 def dry_run(settings: Mapping[str, Any], parameters: Mapping[str, int], writes: list[str]) -> Outcome:

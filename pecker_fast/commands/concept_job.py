@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.apply import check_mask
 from pecker_fast.baselines import BaselineConfig
 from pecker_fast.commands.concept_settings import (
     baseline_config,
@@ -29,7 +28,6 @@ from pecker_fast.delta import Ledger
 from pecker_fast.delta.pack import overlaps
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
-from pecker_fast.maskable import survey
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,7 @@ class Job:
                 f"{base.path}: is a one-step generator; name the diffusion model, and this with --init_generator"
             )
         start = base if options.init_generator is None else _generator(options, base)
+        base.check_weights()
         erasure = read_erasure(options)
         plan = read_plan(options, erasure)
         earlier = tuple(EarlierErasure.read(folder) for folder in options.earlier or ())
@@ -106,19 +105,12 @@ class Job:
         return training_dtype(self.options, self.device)
 
     @property
-    def parameters(self) -> int:
-        """Weights of the UNet."""
-        return sum(torch.Size(shape).numel() for shape in self.base.shapes.values())
-
-    @property
     def active_at_most(self) -> int:
         """Weights that train."""
         if self.mask is not None:
             return self.mask.numel
-        mask, region = self.config.mask, self.config.mask.region
-        names = [name for name in self.base.shapes if isinstance(region, str) or name.startswith(region)]
-        inside = sum(torch.Size(self.base.shapes[name]).numel() for name in names)
-        return inside if mask.kind == "dense" else min(inside, round(mask.density * self.parameters))
+        mask, held = self.config.mask, self.base.share_of(self.config.mask.region)
+        return round((held if mask.kind == "dense" else min(held, mask.density)) * self.base.parameters)
 
     def start_weights(self) -> tuple[dict[str, Tensor], Ledger]:
         """The weights that the UNet starts from, with the deltas of earlier erasures, and all that they carry.
@@ -132,11 +124,14 @@ class Job:
 
     def network(self, tensors: dict[str, Tensor]) -> nn.Module:
         """A UNet of these weights as it trains: in its dtype, on its device, perhaps with gradient checkpointing."""
-        unet: Any = self.base.unet(tensors, self.dtype)
+        return self.prepare(self.base.unet(tensors, self.dtype).to(self.device))
+
+    def prepare(self, unet: Any) -> nn.Module:
+        """Its memory format, and whether it computes activations again."""
         if self.options.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        placed: nn.Module = unet.to(self.device, memory_format=torch.channels_last)
-        return placed
+        network: nn.Module = unet.to(memory_format=torch.channels_last)
+        return network
 
     def check_mask(self) -> None:
         """Refuse a given mask of another network, or with weights that an earlier erasure changed.
@@ -147,13 +142,17 @@ class Job:
         """
         if self.mask is None:
             return
-        path = self.options.mask_path
-        with torch.device("meta"):
-            unet = self.base.empty_unet()
-        try:
-            check_mask(unet, self.mask, survey(unet), adopted=())
-        except ValueError as error:
-            raise FileFormatError(f"{path}: does not fit the UNet of {self.base.path}: {error}") from error
+        path, shapes = self.options.mask_path, self.base.shapes
+        for name, parameter in self.mask.parameters.items():
+            if shapes.get(name) != parameter.grid.shape:
+                raise FileFormatError(
+                    f"{path}: is for {name} of shape {parameter.grid.shape}, the UNet of {self.base.path} has "
+                    f"{shapes.get(name, 'no such weight')}"
+                )
+        if self.mask.total != self.base.parameters:
+            raise FileFormatError(
+                f"{path}: is for {self.mask.total:,} weights, the UNet of {self.base.path} has {self.base.parameters:,}"
+            )
         for erasure in self.earlier:
             if names := overlaps(self.mask.parameters, erasure.delta.mask.parameters):
                 raise ValueError(f"{path}: has weights of {names[0]} that {erasure.folder} changed; make another one")

@@ -43,7 +43,7 @@ def write_result(
         "t_init": config.t_init if isinstance(config, DistillConfig) else None,
     }
     if scheduler is not None:
-        metadata |= scheduler_change(PipelineScheduler.read(job.base.path), PipelineScheduler.of(scheduler))
+        metadata |= scheduler_change(PipelineScheduler.read(job.start.path), PipelineScheduler.of(scheduler))
     delta, carried = extract_delta(before, after, mask, ledger, name=name, metadata=metadata)
     write_pipeline(job.base, folder / "model", after, carried, scheduler)
     delta.save(folder / "delta")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def distill_config(options: argparse.Namespace, pipeline: PipelineFolder, plan: 
     config = DistillConfig(
         **plan.labels,
         sample_shape=pipeline.sample_shape,
-        mask=MaskConfig(**{**mask, **_mask_settings(options, pipeline)}),
+        mask=_mask(options, pipeline, mask),
         **{**recipe.DISTILL, "guidance": _guidance(options), **given},
     )
     check_timesteps(config, pipeline.schedule())
@@ -100,10 +100,9 @@ def baseline_config(options: argparse.Namespace, pipeline: PipelineFolder, plan:
         size = given.get("forget_batch_size") or given.get("batch_size") or recipe.SALUN["batch_size"]
         batches = -(-len(plan.forget) * latents_per_prompt(options) // size)
         published = salun_mask_config(batches=batches, batch_size=None).to_dict()
-        mask = MaskConfig(**{**published, **_mask_settings(options, pipeline)})
-        return salun(**settings, mask=mask, **{**recipe.SALUN, **given})
+        return salun(**settings, mask=_mask(options, pipeline, published), **{**recipe.SALUN, **given})
     looks = {} if options.mask_density is None else {"kind": "saliency"}
-    mask = MaskConfig(**{"kind": "dense", **looks, **_mask_settings(options, pipeline)})
+    mask = _mask(options, pipeline, {"kind": "dense", **looks})
     kept = {"retain_weight": 1.0} if plan.retained_texts else {}  # published ESD keeps nothing
     if options.guidance_scale is not None:
         given["sampling_guidance"] = one_guidance(options)
@@ -157,8 +156,18 @@ def _guidance(options: argparse.Namespace) -> GuidanceConfig:
     return GuidanceConfig(**values)
 
 
-def _mask_settings(options: argparse.Namespace, pipeline: PipelineFolder) -> Mapping[str, Any]:
-    found = dict(mask_settings(options))
+def _mask(options: argparse.Namespace, pipeline: PipelineFolder, defaults: Mapping[str, Any]) -> MaskConfig:
+    """The mask that is asked for; a default density is at most what its part of the UNet holds."""
+    found = {**defaults, **mask_settings(options)}
     if options.train_method is not None:
         found["region"] = region_of(options.train_method, pipeline.shapes)
-    return found
+    mask = MaskConfig(**found)
+    held = pipeline.share_of(mask.region)
+    if mask.kind == "dense" or mask.density <= held:
+        return mask
+    if options.mask_density is not None:
+        raise ValueError(
+            f"--mask_density {mask.density:g}: --train_method or --mask_region holds {held:.4f} of the UNet's weights, "
+            f"of which the density is a share; ask for at most that"
+        )
+    return replace(mask, density=held)

@@ -10,9 +10,9 @@ import torch
 from tqdm import tqdm
 
 from pecker_fast.compare.contestants import Contestant, get_ready, held_tensors
-from pecker_fast.compare.memory import peak_mib
 from pecker_fast.compare.store import Line
 from pecker_fast.mask import BlockMask
+from pecker_fast.memory_meter import peak_mib
 
 ROUNDS = 15
 SETUPS, LONG_SETUP = 3, 5.0

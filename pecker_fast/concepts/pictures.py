@@ -43,15 +43,13 @@ class Drawing:
 
 
 def draw(folder: Path, drawing: Drawing, *, one_step: bool = False) -> list[list[Image]]:
-    """Pictures of each prompt, by the folder's own scheduler and VAE; its safety checker is left out, not to hide any.
+    """Pictures of each prompt, by the folder's own scheduler and VAE, and under its own safety checker if it has one.
 
     Raises:
         ImportError: diffusers is not installed.
     """
-    absent = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    pipeline = diffusers_library().StableDiffusionPipeline.from_pretrained(
-        folder, **absent, requires_safety_checker=False, local_files_only=True, use_safetensors=True
-    )
+    kind = diffusers_library().StableDiffusionPipeline
+    pipeline = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     pipeline.to(drawing.device, drawing.dtype)
     pipeline.set_progress_bar_config(disable=True)
     how: dict[str, Any] = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}

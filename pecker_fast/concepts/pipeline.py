@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pecker_fast.checkpoint import StrPath, read_json, read_safetensors
-from pecker_fast.concepts.support import check_index, check_prediction, check_safetensors, check_unet, weights_file
+from pecker_fast.concepts.support import (
+    check_index,
+    check_prediction,
+    check_safetensors,
+    check_shapes,
+    check_unet,
+    weights_file,
+)
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.one_step_scheduler import diffusers_library
+from pecker_fast.regions import Region, in_region
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import PREDICTION_TYPES
 
 INDEX = "model_index.json"
+_LONGEST = 100_000  # tokens; tokenizers without a limit of their own have 1e30
 MISSING = "pipelines need transformers, which is not installed; run: pip install pecker_fast[diffusers]"
 
 
@@ -115,6 +125,19 @@ class PipelineFolder:
             raise FileFormatError(f"{self.weights_file}: truncated or not a safetensors file ({error})") from error
 
     @property
+    def parameters(self) -> int:
+        """Weights of the UNet."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def share_of(self, region: Region) -> float:
+        """Share of the UNet's weights that lies in a region.
+
+        Raises:
+            ValueError: It has no such region.
+        """
+        return sum(math.prod(self.shapes[name]) for name in in_region(self.shapes, region)) / self.parameters
+
+    @property
     def ledger(self) -> Ledger:
         """The deltas that the UNet is said to carry."""
         return Ledger.load(self.path / "unet")
@@ -138,13 +161,9 @@ class PipelineFolder:
             FileFormatError: The weights do not fit ``unet/config.json``.
             ImportError: diffusers is not installed.
         """
-        with torch.device("meta"):
-            unet = self.empty_unet()
         given = self.tensors() if tensors is None else {name: tensor.clone() for name, tensor in tensors.items()}
-        try:
-            unet.load_state_dict(given, assign=True)
-        except RuntimeError as error:
-            raise FileFormatError(f"{self.weights_file}: does not fit unet/config.json: {error}") from error
+        unet = self._fitting({name: tuple(tensor.shape) for name, tensor in given.items()})
+        unet.load_state_dict(given, assign=True)
         return unet.to(dtype=dtype).eval() if dtype is not None else unet.eval()
 
     def empty_unet(self) -> nn.Module:
@@ -154,6 +173,23 @@ class PipelineFolder:
             ImportError: diffusers is not installed.
         """
         unet: nn.Module = diffusers_library().UNet2DConditionModel.from_config(self.unet_config)
+        return unet
+
+    def check_weights(self) -> None:
+        """Compare the UNet's weights with its settings, by the file's header alone.
+
+        Raises:
+            FileFormatError: The file is damaged, or does not fit.
+            ImportError: diffusers is not installed.
+        """
+        self._fitting(self.shapes)
+
+    def _fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """The UNet on the meta device, if weights of these shapes fit it."""
+        with torch.device("meta"):
+            unet = self.empty_unet()
+        expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+        check_shapes(self.weights_file, shapes, expected)
         return unet
 
     def scheduler(self) -> Any:
@@ -206,6 +242,11 @@ class PipelineFolder:
         """
         tokenizer = self.tokenizer()
         limit, special = tokenizer.model_max_length, len(tokenizer("").input_ids)
+        if limit > _LONGEST:
+            raise FileFormatError(
+                f"{self.path / 'tokenizer'}: has no model_max_length, so that nothing says how long a prompt may be; "
+                f"set it in tokenizer_config.json, for Stable Diffusion to 77"
+            )
         for prompt in prompts:
             tokens = len(tokenizer(prompt, truncation=False).input_ids)
             if tokens > limit:

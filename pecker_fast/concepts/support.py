@@ -106,6 +106,20 @@ def weights_file(folder: Path) -> Path:
     raise FileFormatError(f"{file}: no such file")
 
 
+def check_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights of other names or shapes than a network has, naming the first.
+
+    Raises:
+        FileFormatError: They are not the network's.
+    """
+    for name in dict.fromkeys((*expected, *shapes)):
+        if shapes.get(name) != expected.get(name):
+            raise FileFormatError(
+                f"{file}: does not fit config.json: {name} is {shapes.get(name, 'missing')}, expected "
+                f"{expected.get(name, 'no such weight')}"
+            )
+
+
 def check_safetensors(folder: Path) -> None:
     """Refuse a component whose weights are pickled.
 
