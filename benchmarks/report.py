@@ -5,6 +5,7 @@ No figure of a table is typed by hand.
 python -m pytest benchmarks/ --benchmark-only --rows benchmarks/results/cpu/kernels.json
 pecker-fast demo --output_dir runs/demo && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
 pecker-fast demo --mask_density 0.1 --output_dir runs/sparser  # and its metrics.json as demo_density_0.1.json
+python benchmarks/digits_concepts.py --output_dir OUT --results_dir docs/results/concepts
 python benchmarks/count_text_to_image.py
 benchmarks/gpu.sh OUT  # on a machine with a GPU; its optimizer.json, wgrad.json, ... as benchmarks/results/<gpu>/*.json
 python benchmarks/report.py [--check]
@@ -21,12 +22,13 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent / "quality"), str(Path(__file__).resolve().parent)]
 
 import comparisons  # noqa: E402
+import digits_concepts_tables as concepts  # noqa: E402
 import tables as quality  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 README, BENCHMARKS, QUALITY = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md"
 RESULTS = ROOT / "benchmarks" / "results"
-DIGITS, CIFAR16 = ROOT / "docs" / "results" / "digits.md", ROOT / "docs" / "results" / "cifar16.md"
+DIGITS, CIFAR16, CONCEPTS = (ROOT / "docs" / "results" / f"{name}.md" for name in ("digits", "cifar16", "concepts"))
 
 
 def headlines_table(results: dict[str, Any]) -> str:
@@ -204,6 +206,7 @@ TABLES = {
     },
     DIGITS: {"comparison": ("docs/results/digits", comparisons.everything)},
     CIFAR16: {"comparison": ("docs/results/cifar16", comparisons.everything)},
+    CONCEPTS: {"concepts": ("docs/results/concepts/concepts.json", concepts.everything)},
     BENCHMARKS: {
         "all kernels": ("cpu/kernels.json", kernels_table),
         "all kernels on a GPU": (ON_GPUS, gpu_tables),
@@ -221,6 +224,8 @@ TABLES = {
 
 def load(source: str) -> Any:
     """One result file, a comparison's folder, or of every GPU that has a folder its files by topic, no rehearsal."""
+    if source.startswith("docs/") and source.endswith(".json"):
+        return json.loads((ROOT / source).read_text(encoding="utf-8"))
     if source.startswith("docs/"):
         return comparisons.load(ROOT / source)
     if source != ON_GPUS:

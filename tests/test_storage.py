@@ -12,6 +12,7 @@ from pecker_fast.checkpoint import read_json, read_safetensors, write_json, writ
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models import DDPMUNet, DigitsClassifier, generate, load, load_config, save
 from pecker_fast.models.storage import write_model
+from pecker_fast.sampling import ddim_sample, one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 
 ONE_STEP = {
@@ -97,6 +98,20 @@ def test_generate(generation):
     assert not images.requires_grad
 
 
+@pytest.mark.parametrize("generation", [ONE_STEP, DDIM])
+def test_generate_does_not_clip_latents(generation):
+    model, labels = _tiny().eval(), torch.arange(10)
+    noise = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    latents = generate(model, {**generation, "clip": None}, labels, noise=noise)
+    schedule = NoiseSchedule.from_dict(generation["schedule"])
+    if generation is ONE_STEP:
+        expected = one_step_sample(model, schedule, noise, labels, t_init=generation["t_init"])
+    else:
+        expected = ddim_sample(model, schedule, noise, labels, steps=generation["steps"], clip=None)
+    assert torch.equal(latents, expected) and float(latents.abs().max()) > 1.0
+    assert float(generate(model, {**generation, "clip": 0.5}, labels, noise=noise).abs().max()) == 0.5
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -107,6 +122,7 @@ def test_generate(generation):
         ({"kind": "ddim"}, "steps"),
         ({"schedule": None}, "schedule"),
         ({"schedule": {"kind": "cosine"}}, "cosine"),
+        ({"clip": 0}, "clip"),
         ({"sample_shape": [1, 8]}, "sample_shape"),
         ({"sample_shape": [1, 8, 0]}, "sample_shape"),
         ({"sample_shape": "abc"}, "sample_shape"),

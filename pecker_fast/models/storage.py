@@ -6,7 +6,8 @@ arguments and, under ``generation``, everything needed to sample from it::
     {"kind": "one_step", "t_init": 500, "schedule": {...}, "sample_shape": [1, 8, 8]}
     {"kind": "ddim", "steps": 20, "schedule": {...}, "sample_shape": [1, 8, 8]}
 
-``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W). A model that carries deltas has
+``schedule`` is `NoiseSchedule.to_dict`; ``sample_shape`` is (C, H, W). ``clip``, 1 where it is not given, is the
+largest magnitude of a sample; latents, which have no bounds, take None. A model that carries deltas has
 ``pecker_deltas.json`` beside its weights (see `pecker_fast.delta.ledger`).
 
 Weights may be stored in fewer bits than they are used in, and in several files: then ``config.json`` also has
@@ -36,6 +37,7 @@ from pecker_fast.models.resnet import ImageClassifier
 from pecker_fast.models.shards import INDEX_NAME, divide, read_shards, rounded, write_shards
 from pecker_fast.sampling import ddim_sample, one_step_sample
 from pecker_fast.schedule import NoiseSchedule
+from pecker_fast.settings import is_number
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -215,7 +217,7 @@ def generate(
         generator: Source of the noise, on the model's device; torch's global one if not given.
 
     Returns:
-        (B, C, H, W) images clamped to [-1, 1], in the dtype of ``noise`` (float32 if it was drawn).
+        (B, C, H, W) images clamped to [-clip, clip], in the dtype of ``noise`` (float32 if it was drawn).
 
     Raises:
         ValueError: ``generation`` is incomplete or out of range, ``noise`` has another shape, or both
@@ -229,11 +231,12 @@ def generate(
         raise ValueError("give noise or generator, not both")
     elif noise.shape != shape:
         raise ValueError(f"noise must have shape {shape} (one per label), got {tuple(noise.shape)}")
+    clip = generation.get("clip", 1.0)
     if generation["kind"] == "one_step":
         images = one_step_sample(model, schedule, noise, condition, t_init=generation["t_init"])
     else:
-        images = ddim_sample(model, schedule, noise, condition, steps=generation["steps"], clip=1.0)
-    return images.clamp(-1.0, 1.0)
+        images = ddim_sample(model, schedule, noise, condition, steps=generation["steps"], clip=clip)
+    return images if clip is None else images.clamp(-clip, clip)
 
 
 def _check_generation(generation: Mapping[str, Any]) -> NoiseSchedule:
@@ -249,6 +252,9 @@ def _check_generation(generation: Mapping[str, Any]) -> NoiseSchedule:
         _check_integer(generation, "steps", range(1, total + 1))
     else:
         raise ValueError(f"generation kind must be 'one_step' or 'ddim', got {kind!r}")
+    clip = generation.get("clip", 1.0)
+    if clip is not None and not is_number(clip, "a positive number"):
+        raise ValueError(f"generation clip must be a positive number, or None for latents, got {clip!r}")
     match generation.get("sample_shape"):
         case [int(c), int(h), int(w)] if min(c, h, w) > 0:
             return schedule
