@@ -65,3 +65,5 @@ RUNS: dict[str, dict[str, Any]] = {
 """What is compared -> its flags of ``pecker-fast unlearn``."""
 RETRAINED = "retrained without"
 """No erasure: the same training, from random weights and without the digit."""
+RETRAINED_ONE_STEP = "retrained without, one step"
+"""That one made a one-step generator, as "sfd" makes one: what relearning is compared with where one step is drawn."""

@@ -51,14 +51,16 @@ def is_one_step(pipe: StableDiffusionPipeline) -> bool:
 
 
 @torch.no_grad()
-def draw(pipe: StableDiffusionPipeline, samples: int, digits: tuple[int, ...] = tuple(range(10))) -> Tensor:
+def draw(
+    pipe: StableDiffusionPipeline, samples: int, digits: tuple[int, ...] = tuple(range(10)), seed: int = 0
+) -> Tensor:
     """``samples`` images of each digit by all templates in turn, (digits x samples, 3, 16, 16) in [0, 1].
 
-    The noise is the same for every pipeline.
+    The noise of a seed is the same for every pipeline.
     """
     how = ONE_STEP if is_one_step(pipe) else MANY_STEPS
     prompts = [TEMPLATES[n % len(TEMPLATES)].format(WORDS[digit]) for digit in digits for n in range(samples)]
-    noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(1234))
+    noise = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(1234 + seed))
     images = [
         pipe(prompts[at : at + _BATCH], latents=noise[at : at + _BATCH], output_type="pt", **how).images
         for at in range(0, len(prompts), _BATCH)
@@ -72,7 +74,7 @@ def reduced(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def judged(pipe: StableDiffusionPipeline, samples: int, forget: int) -> dict[str, Any]:
+def judged(pipe: StableDiffusionPipeline, samples: int, forget: int, seed: int) -> dict[str, Any]:
     """What prompts give: ``samples`` images of each digit.
 
     Returns:
@@ -80,7 +82,10 @@ def judged(pipe: StableDiffusionPipeline, samples: int, forget: int) -> dict[str
         the real ones, in the judge's features (not FID).
     """
     judge, data = load_judge(progress=False), load_digits()
-    images, labels = reduced(draw(pipe, samples) * 2 - 1), torch.arange(len(WORDS)).repeat_interleave(samples)
+    images, labels = (
+        reduced(draw(pipe, samples, seed=seed) * 2 - 1),
+        torch.arange(len(WORDS)).repeat_interleave(samples),
+    )
     counts = F.one_hot(judge(images).argmax(1), len(WORDS)).view(len(WORDS), samples, len(WORDS)).sum(1)
     quality = evaluate_images(images, labels, judge, data, (forget,))
     return {"seen": counts.tolist(), "frechet_distance": quality["frechet_distance"]}

@@ -63,6 +63,7 @@ def results(study, monkeymodule):
 
     monkeymodule.setattr(study_script, "command", command)
     monkeymodule.setattr(study_script, "RUNS", {"pecker": study_script.RUNS["pecker"]})
+    monkeymodule.setattr(study_script, "CONTROLS", (study_script.RETRAINED,))
     monkeymodule.setattr(tables, "SHOWN", ())
     study_script.write_json(study.folder / "parts" / "pipeline.json", {"seconds": 1.0})
     study_script.main(study.folder, results_dir=study.folder / "docs", short=True)
@@ -97,7 +98,7 @@ def test_prompt_files_are_the_captions():
 
 
 def test_what_comes_out_is_exact(results):
-    before, after = results["before"], results["runs"]["pecker"]["0"]
+    before, after = results["before"], results["runs"]["pecker"]["1"]
     assert before["reloaded"]["same_in_new_process"] and after["reloaded"]["same_in_new_process"]
     assert after["reloaded"]["sha256"] != before["reloaded"]["sha256"]
     assert after["delta"]["applied_bit_for_bit"] and after["delta"]["reverted_bit_for_bit"]
@@ -105,27 +106,27 @@ def test_what_comes_out_is_exact(results):
 
 
 def test_every_run_is_judged_and_attacked(results):
-    control = results["runs"][study_script.RETRAINED]["0"]
-    assert results["runs"]["pecker"]["0"]["unlearn"]["one_step"] and not control["unlearn"]["one_step"]
-    for run in (results["runs"]["pecker"]["0"], control):
+    control = results["runs"][study_script.RETRAINED]["1"]
+    assert results["runs"]["pecker"]["1"]["unlearn"]["one_step"] and not control["unlearn"]["one_step"]
+    for run in (results["runs"]["pecker"]["1"], control):
         assert all(sum(row) == results["samples"] for row in run["judged"]["seen"])
         assert run["relearned"]["curve"][-1][0] == 1 or run["relearned"]["steps_to_return"] == 0
 
 
 def test_parts_that_are_done_are_not_repeated(study, results, monkeypatch):
     monkeypatch.setattr(study_script, "command", None)
-    assert study.run("pecker", 0) == results["runs"]["pecker"]["0"]
+    assert study.run("pecker", 1) == results["runs"]["pecker"]["1"]
     picture = study.folder / "docs" / "before_after.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_attack_leaves_the_pipeline_as_it_is(study, results):
-    erased = study.folder / "pecker-0" / "model"
-    assert digits.fingerprint(digits.load(erased)) == results["runs"]["pecker"]["0"]["reloaded"]["sha256"]
+    erased = study.folder / "pecker-1" / "model"
+    assert digits.fingerprint(digits.load(erased)) == results["runs"]["pecker"]["1"]["reloaded"]["sha256"]
 
 
 def test_another_pipeline_is_not_the_same(study, results):
-    before, after = study.pipeline, study.folder / "pecker-0" / "model"
+    before, after = study.pipeline, study.folder / "pecker-1" / "model"
     assert study_script.digest(before) == study_script.digest(before) != study_script.digest(after)
     assert not study_script.same(before, after)
 
@@ -140,3 +141,26 @@ def test_tables(results):
     seen[5] = [0, 0, 0, 1, 0, 9, 0, 0, 0, 0]
     assert tables.unlearned(results, [{"seen": seen}] * 2) == (18, 20)
     assert tables.others(results, {"seen": seen}) == pytest.approx((8 + 0.9) / 9)
+
+
+def test_targets_that_are_missed_are_named(results):
+    seen = [[0] * 10 for _ in range(10)]
+    for digit, row in enumerate(seen):
+        row[digit if digit != 3 else 8] = 10
+    run = results["runs"]["pecker"]["1"]
+    met = {**results, "before": {**results["before"], "judged": {"seen": seen}}}
+    met["runs"] = {"pecker": {"1": {**run, "judged": {"seen": seen}}}}
+    assert study_script.missed(met) == []
+    worse = [*seen[:3], [0, 0, 0, 2, 0, 0, 0, 0, 8, 0], *seen[4:9], [5] + [0] * 8 + [5]]
+    met["runs"]["pecker"]["1"]["judged"] = {"seen": worse}
+    assert study_script.missed(met) == ["pecker, seed 1: unlearned 80.0%"]
+    met["runs"]["pecker"]["1"]["judged"] = {"seen": seen[:1] * 9 + seen[9:]}
+    assert "others recognised" in study_script.missed(met)[-1]
+    met["runs"]["pecker"]["1"]["judged"] = {"seen": seen}
+    met["runs"]["pecker"]["1"]["delta"] = {**run["delta"], "reverted_bit_for_bit": False}
+    assert study_script.missed(met) == ["pecker, seed 1: reverted_bit_for_bit is not so"]
+
+
+def test_a_folder_of_another_study_is_refused(study):
+    with pytest.raises(ValueError, match="has parts of a study with other settings"):
+        study_script.Study(study.folder, short=True, pipeline_seed=5)
