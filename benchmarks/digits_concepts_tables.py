@@ -19,6 +19,22 @@ def everything(results: Mapping[str, Any]) -> str:
     return "\n\n".join([erasures(results), by_digit(results), exactness(results), machine(results)])
 
 
+def headline(results: Mapping[str, Any]) -> str:
+    """What the README shows: the three methods, and what is the same to the bit."""
+    before = others(results, results["before"]["judged"])
+    head = ["", "what comes out", "weights trained", "forgotten (95 %)", "others recognised", "delta"]
+    rows = [["before", "", "", *_unlearned(results, [results["before"]["judged"]]), f"{before:.1%}", ""]]
+    for name in SHOWN:
+        runs = list(results["runs"][name].values())
+        command, judged = runs[0]["unlearn"], [run["judged"] for run in runs]
+        what = "a one-step generator" if command["one_step"] else "the ordinary UNet"
+        kept = fmean(others(results, each) for each in judged)
+        share = f"{command['trainable_parameters']:,} ({command['density']:.1%})"
+        size = f"{runs[0]['delta']['delta_bytes'] / 1e6:.2f} of {runs[0]['delta']['unet_bytes'] / 1e6:.2f} MB"
+        rows.append([name, what, share, *_unlearned(results, judged), f"{kept:.1%}", size])
+    return f"{markdown(head, rows)}\n\n{machine(results)}"
+
+
 def erasures(results: Mapping[str, Any]) -> str:
     """One line a method: what it forgot, what it kept, how soon it is taught again, what it cost."""
     head = ["", "sampling steps", "weights trained", "unlearned (95 %)", "others recognised", "of before"]

@@ -90,6 +90,30 @@ def text_to_image_table(results: dict[str, Any]) -> str:
     )
 
 
+def text_to_image_headlines(results: dict[str, Any]) -> str:
+    """Forwards and peak memory of some iterations; counted, not timed."""
+    flops = {row["what"]: row for row in results["flops"]}
+    memory = {row["what"].removeprefix("exact, "): row for row in results["memory"]}
+    thrifty = ", checkpointing, micro-batches of 2"
+    attention = "cross-attention of both networks"
+    whole = next(name for name in flops if attention in name)
+    rows = []
+    for title, counted, held in (
+        ("every weight", "exact, dense", "dense"),
+        ("rows, a tenth of both networks", "exact, rows 0.1 of both networks", "rows 0.1 of both networks"),
+        (attention, whole, attention),
+    ):
+        peaks = [memory.get(held + more) for more in ("", thrifty)]
+        gigabytes = ["" if row is None else f"{row['peak'] / 1e9:.1f}" for row in peaks]
+        rows.append([title, f"{flops[counted]['forwards']:.1f}", *gigabytes])
+    head = ["what trains", "forwards an iteration", "GB at its height", "the same, thriftily"]
+    note = (
+        f"Counted on tensors without data, not timed: {results['batch_size']} retained and {results['batch_size']} "
+        f"forgotten prompts, networks in bfloat16; thriftily: with gradient checkpointing, in micro-batches of 2."
+    )
+    return f"{_markdown(head, rows)}\n\n{note}"
+
+
 def demo_table(metrics: dict[str, Any]) -> str:
     """The model before, and every run."""
     head = ["", "weights trained", "forgotten", "retained", "Fréchet distance", "steps to target", "seconds", "GFLOP"]
@@ -203,6 +227,8 @@ TABLES = {
         "kernels on a GPU": (ON_GPUS, gpu_headlines),
         "distillation": ("cpu/distill.json", distill_table),
         "comparison": ("docs/results/digits", comparisons.headlines),
+        "concepts": ("docs/results/concepts/concepts.json", concepts.headline),
+        "text to image": ("cpu/text_to_image.json", text_to_image_headlines),
     },
     DIGITS: {"comparison": ("docs/results/digits", comparisons.everything)},
     CIFAR16: {"comparison": ("docs/results/cifar16", comparisons.everything)},
