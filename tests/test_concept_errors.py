@@ -13,6 +13,7 @@ from pecker_fast.concepts import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,20 @@ def test_pipelines_that_are_not_supported(file, values, text, here, capsys):
     change(here / "base" / file, **values)
     refused(capsys, 3, text)
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "file", "values", "text"),
+    [
+        ("esd", SCHEDULER, {"rescale_betas_zero_snr": True}, "must decrease strictly within (0, 1)"),
+        ("pecker", SCHEDULER, {"beta_schedule": "none"}, "scheduler_config.json: cannot be trained with"),
+        ("salun", INDEX, {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "got FlowMatchEuler"),
+        ("esd", INDEX, {"scheduler": ["diffusers", "utils"]}, "this diffusers has no scheduler 'utils'"),
+    ],
+)
+def test_schedulers_that_cannot_be_trained_with(method, file, values, text, here, capsys):
+    change(here / "base" / file, **values)
+    refused(capsys, 3, text, "--method", method, "--dry_run")
 
 
 @pytest.mark.parametrize(
@@ -125,6 +140,8 @@ LONG = "a photo of a cat with an extraordinarily long name"
         (["--guidance_scale", "1", "2"], 2, "--guidance_scale: expected one number, or three, got 2"),
         (["--t_max", "2000"], 2, "2000"),
         (["--earlier", "none"], 3, "none/delta"),
+        (["--method", "esd", "--num_inference_steps", "1001"], 2, "at most the schedule's 1000, got 1001"),
+        (["--method", "salun", "--num_inference_steps", "1001"], 2, "at most the schedule's 1000, got 1001"),
         (["--mask_path", "none.safetensors"], 3, "none.safetensors"),
         (
             ["--mask_path", "other.safetensors"],

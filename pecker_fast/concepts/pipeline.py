@@ -30,6 +30,7 @@ from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import PREDICTION_TYPES
 
 INDEX = "model_index.json"
+SETTINGS = Path("scheduler") / "scheduler_config.json"
 _LONGEST = 100_000  # tokens; tokenizers without a limit of their own have 1e30
 MISSING = "pipelines need transformers, which is not installed; run: pip install pecker_fast[diffusers]"
 
@@ -79,7 +80,7 @@ class PipelineFolder:
         weights_file(path / "unet")
         for component in ("text_encoder", "vae"):
             check_safetensors(path / component)
-        settings = path / "scheduler" / "scheduler_config.json"
+        settings = path / SETTINGS
         scheduler_config = read_json(settings)
         return cls(path, index, unet_config, scheduler_config, check_prediction(settings, scheduler_config))
 
@@ -201,7 +202,7 @@ class PipelineFolder:
         """
         name = self.index["scheduler"][1]
         kind = getattr(diffusers_library(), name, None)
-        if kind is None:
+        if kind is None or not name.endswith("Scheduler"):
             raise FileFormatError(f"{self.path / INDEX}: this diffusers has no scheduler {name!r}")
         return kind.from_config(self.scheduler_config)
 
@@ -209,9 +210,13 @@ class PipelineFolder:
         """Its table of alphas.
 
         Raises:
-            TypeError, ValueError: The scheduler has none, or one that does not decrease within (0, 1).
+            FileFormatError: The scheduler has none, or one that does not decrease within (0, 1).
+            ImportError: diffusers is not installed.
         """
-        return NoiseSchedule.from_diffusers(self.scheduler(), PREDICTION_TYPES)
+        try:
+            return NoiseSchedule.from_diffusers(self.scheduler(), PREDICTION_TYPES)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{self.path / SETTINGS}: cannot be trained with ({error})") from error
 
     def tokenizer(self) -> Any:
         """The pipeline's own tokenizer.
