@@ -8,12 +8,15 @@ from models import conv_net
 from pipelines import write_pipeline
 
 from pecker_fast import BlockMask
+from pecker_fast.checkpoint import read_safetensors, write_safetensors
 from pecker_fast.cli import main
 from pecker_fast.concepts import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
+from pecker_fast.models.one_step_scheduler import one_step_scheduler
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+COMMAND = ("unlearn", "--pretrained_model_name_or_path", "base", "--output_dir", "out", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +39,7 @@ def here(original, tmp_path, monkeypatch):
 
 
 def refused(capsys, code, text, *flags, concept=("--erase_concept", "cat"), keep=("--retain_prompts", "keep.txt")):
-    before = ("unlearn", "--pretrained_model_name_or_path", "base", "--output_dir", "out", "--device", "cpu")
-    assert main([*before, *concept, *keep, *flags]) == code
+    assert main([*COMMAND, *concept, *keep, *flags]) == code
     error = capsys.readouterr().err
     assert text in error, error
     assert error.count("\n") == 1
@@ -180,3 +182,50 @@ def test_a_class_conditional_folder_takes_no_prompts(here, capsys):
     flags = ("--forget_class", "3", "--negative_prompt", "x")
     refused(capsys, 2, "--negative_prompt: is of pipelines; this is a class", *flags, concept=(), keep=())
     refused(capsys, 2, "--forget_class: is needed; name the classes", concept=(), keep=())
+
+
+@pytest.fixture
+def generator(here):
+    """A one-step generator's folder that was made of the base, as it says."""
+    folder, out = PipelineFolder.read(here / "base"), here / "generator"
+    shutil.copytree(here / "base", out)
+    scheduler = one_step_scheduler(folder.schedule(), 625)
+    scheduler.save_pretrained(out / "scheduler")
+    change(out / INDEX, scheduler=["diffusers", type(scheduler).__name__])
+    return out
+
+
+def half(weights):
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def tuned(weights):
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    return {**weights, name: weights[name] + 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda weights: weights, None),
+        (half, None),  # the same in fewer bits
+        (tuned, "is not that of base; prompts are embedded by that one"),
+        (lambda weights: {**weights, "more": weights[next(iter(weights))]}, "more is not that of base"),
+    ],
+    ids=["same", "half", "tuned", "more"],
+)
+def test_a_generator_with_another_text_encoder(spoil, text, generator, capsys):
+    file = generator / "text_encoder/model.safetensors"
+    write_safetensors(file, spoil(read_safetensors(file)[0]), {"format": "pt"})
+    check = ("--init_generator", "generator", "--dry_run")
+    if text is None:
+        main([*COMMAND, "--erase_concept", "cat", "--retain_prompts", "keep.txt", *check, "--json"])
+        assert json.loads(capsys.readouterr().out)["settings"]["t_init"] == 625
+    else:
+        refused(capsys, 3, text, *check)
+
+
+def test_a_generator_of_another_schedule(generator, capsys):
+    betas = json.loads((generator / SCHEDULER).read_text())["trained_betas"]
+    change(generator / SCHEDULER, trained_betas=[*betas[:-1], betas[-1] + 1e-4])
+    refused(capsys, 3, "beta 625 is", "--init_generator", "generator", "--dry_run")

@@ -19,6 +19,7 @@ from pecker_fast.commands.concept_settings import (
 )
 from pecker_fast.commands.source import torch_device
 from pecker_fast.concept_flags import is_one_step
+from pecker_fast.concepts.generators import check_generator
 from pecker_fast.concepts.pipeline import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
 from pecker_fast.concepts.record import EarlierErasure, apply_earlier, merged
@@ -160,15 +161,7 @@ class Job:
 
 def _generator(options: argparse.Namespace, base: PipelineFolder) -> PipelineFolder:
     start = PipelineFolder.read(options.init_generator)
-    if start.shapes != base.shapes:
-        raise FileFormatError(
-            f"{start.path}: its UNet has other weights than that of {base.path}; take one of that model"
-        )
-    if start.prediction_type != base.prediction_type:
-        raise FileFormatError(
-            f"{start.path}: prediction_type is {start.prediction_type!r}, that of {base.path} is "
-            f"{base.prediction_type!r}"
-        )
+    check_generator(start, base)
     if start.t_init is not None and options.t_init not in (None, start.t_init):
         raise ValueError(
             f"--t_init {options.t_init}: the generator of {start.path} starts at {start.t_init}; leave it out"
