@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models import conv_net
@@ -17,6 +19,7 @@ from pecker_fast.models.one_step_scheduler import one_step_scheduler
 UNET = "unet/diffusion_pytorch_model.safetensors"
 INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 COMMAND = ("unlearn", "--pretrained_model_name_or_path", "base", "--output_dir", "out", "--device", "cpu")
+KEEP = ("--retain_prompts", "keep.txt")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def here(original, tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(capsys, code, text, *flags, concept=("--erase_concept", "cat"), keep=("--retain_prompts", "keep.txt")):
+def refused(capsys, code, text, *flags, concept=("--erase_concept", "cat"), keep=KEEP):
     assert main([*COMMAND, *concept, *keep, *flags]) == code
     error = capsys.readouterr().err
     assert text in error, error
@@ -177,6 +180,33 @@ def test_an_earlier_erasure_of_another_kind(here, capsys, monkeypatch):
     refused(capsys, 2, "every weight would train", "--earlier", "before", "--method", "esd")
 
 
+@pytest.mark.parametrize(
+    ("starts", "flags", "code", "text"),
+    [
+        ((300, 300), (), 0, ""),
+        ((300, 625), (), 2, "--earlier second starts at 625, and --earlier first at 300; their deltas do not add up"),
+        ((300, 300), ("--init_generator", "generator"), 2, "starts at 300, and the generator of generator at 625"),
+        ((300, 300), ("--t_init", "625"), 2, "--t_init 625: --earlier first starts at 300; leave it out"),
+        ((None, 300), (), 3, "first/delta: does not say its t_init"),
+    ],
+)
+def test_erasures_that_add_up_start_at_one_timestep(starts, flags, code, text, generator, capsys, monkeypatch):
+    from pecker_fast.concepts import record
+
+    before = {
+        name: record.EarlierErasure(
+            Path(name), SimpleNamespace(metadata={"t_init": t_init}), PromptPlan((name,), (0,), None, ()), one_step=True
+        )
+        for name, t_init in zip(("first", "second"), starts, strict=True)
+    }
+    monkeypatch.setattr(record.EarlierErasure, "read", classmethod(lambda cls, folder: before[folder.name]))
+    if code == 0:
+        main([*COMMAND, "--erase_concept", "cat", *KEEP, "--earlier", "first", "second", "--dry_run", "--json"])
+        assert json.loads(capsys.readouterr().out)["settings"]["t_init"] == 300
+    else:
+        refused(capsys, code, text, "--earlier", "first", "second", *flags)
+
+
 def test_a_class_conditional_folder_takes_no_prompts(here, capsys):
     (here / "base" / "model_index.json").unlink()
     flags = ("--forget_class", "3", "--negative_prompt", "x")
@@ -219,7 +249,7 @@ def test_a_generator_with_another_text_encoder(spoil, text, generator, capsys):
     write_safetensors(file, spoil(read_safetensors(file)[0]), {"format": "pt"})
     check = ("--init_generator", "generator", "--dry_run")
     if text is None:
-        main([*COMMAND, "--erase_concept", "cat", "--retain_prompts", "keep.txt", *check, "--json"])
+        main([*COMMAND, "--erase_concept", "cat", *KEEP, *check, "--json"])
         assert json.loads(capsys.readouterr().out)["settings"]["t_init"] == 625
     else:
         refused(capsys, 3, text, *check)

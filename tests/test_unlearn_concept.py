@@ -235,6 +235,7 @@ def test_what_folders_and_files_say_is_a_setting(plain, capsys):
     [
         (("--init_generator", "plain/model", "--t_init", "500"), "the generator of plain/model starts at 625"),
         (("--earlier", "plain"), "prompt 'cat' is forgotten already by plain"),
+        (("--erase_concept", "a", "--earlier", "plain", "--t_init", "300"), "--earlier plain starts at 625; leave it"),
     ],
 )
 def test_what_does_not_go_on_from_there(flags, text, plain, capsys):

@@ -78,7 +78,7 @@ class Job:
             plan = merged(plan, erasure, earlier, plan.retained_texts)
         make = distill_config if is_one_step(options) else baseline_config
         mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
-        config = make(_with_found(options, start, mask), base, plan)
+        config = make(_with_found(options, _t_init(options, start, earlier), mask), base, plan)
         base.check_prompts([*plan.texts, *(options.validation_prompts or ())])
         torch_device(options.device)
         job = cls(options, base, start, erasure, plan, config, mask, earlier)
@@ -162,18 +162,30 @@ class Job:
 def _generator(options: argparse.Namespace, base: PipelineFolder) -> PipelineFolder:
     start = PipelineFolder.read(options.init_generator)
     check_generator(start, base)
-    if start.t_init is not None and options.t_init not in (None, start.t_init):
-        raise ValueError(
-            f"--t_init {options.t_init}: the generator of {start.path} starts at {start.t_init}; leave it out"
-        )
     return start
 
 
-def _with_found(options: argparse.Namespace, start: PipelineFolder, mask: BlockMask | None) -> argparse.Namespace:
+def _t_init(options: argparse.Namespace, start: PipelineFolder, earlier: tuple[EarlierErasure, ...]) -> int | None:
+    """Where the generator starts, as the folders say: one generator, or deltas of one, cannot start in two places."""
+    said = {f"the generator of {start.path}": start.t_init}
+    said |= {f"--earlier {erasure.folder}": erasure.t_init for erasure in earlier}
+    known = [(who, t_init) for who, t_init in said.items() if t_init is not None]
+    if not known:
+        return None
+    first, t_init = known[0]
+    for who, other in known[1:]:
+        if other != t_init:
+            raise ValueError(f"{who} starts at {other}, and {first} at {t_init}; their deltas do not add up")
+    if options.t_init not in (None, t_init):
+        raise ValueError(f"--t_init {options.t_init}: {first} starts at {t_init}; leave it out")
+    return t_init
+
+
+def _with_found(options: argparse.Namespace, t_init: int | None, mask: BlockMask | None) -> argparse.Namespace:
     """The flags, and what the folders and files that they name say in place of some."""
     found: dict[str, Any] = {}
-    if start.t_init is not None:
-        found["t_init"] = start.t_init
+    if t_init is not None:
+        found["t_init"] = t_init
     if mask is not None:
         found["mask_density"] = mask.density_asked
     return argparse.Namespace(**vars(options) | found)

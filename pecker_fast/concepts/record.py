@@ -42,12 +42,28 @@ class EarlierErasure:
         delta: What it changed.
         plan: Its prompts.
         one_step: Whether it made a one-step generator.
+        concepts: What was erased, in words.
     """
 
     folder: Path
     delta: Delta
     plan: PromptPlan
     one_step: bool
+    concepts: tuple[str, ...] = ()
+
+    @property
+    def t_init(self) -> int | None:
+        """Timestep at which its one-step generator starts; None of an ordinary UNet.
+
+        Raises:
+            FileFormatError: Its delta does not say.
+        """
+        if not self.one_step:
+            return None
+        t_init = self.delta.metadata.get("t_init")
+        if type(t_init) is not int:
+            raise FileFormatError(f"{self.folder / 'delta'}: does not say its t_init; ask for the erasure again")
+        return t_init
 
     @classmethod
     def read(cls, folder: Path) -> EarlierErasure:
@@ -60,11 +76,12 @@ class EarlierErasure:
         values = read_json(file)
         try:
             plan, one_step = PromptPlan.from_dict(values), bool(values["one_step"])
+            concepts = tuple(str(concept) for concept in values["concepts"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FileFormatError(f"{file}: is damaged ({error!r}); ask for the erasure again") from error
         if values.get("delta") != mark_of(delta):
             raise FileFormatError(f"{file}: is of another run than the delta beside it; ask for the erasure again")
-        return cls(folder, delta, plan, one_step)
+        return cls(folder, delta, plan, one_step, concepts)
 
 
 def apply_earlier(earlier: Sequence[EarlierErasure], tensors: dict[str, Tensor], ledger: Ledger, where: Path) -> None:
