@@ -154,15 +154,19 @@ def test_resumed_with_gradient_checkpointing(plain, monkeypatch, capsys):
 
 
 def test_erasures_add_up_and_each_can_be_undone(here, plain, capsys):
-    (here / "photos.txt").write_text("the photo\n")
-    flags = (*PECKER, "--erase_concept", "photo", "--override_concept", "drawing", "--earlier", "plain")
-    unlearn("second", *flags, code=2)
-    assert "'a photo of photo'" not in capsys.readouterr().err
+    flags = (*PECKER, "--override_concept", "drawing", "--earlier", "plain")
+    unlearn("second", *flags, "--erase_concept", "photo", code=2)
+    assert "--earlier plain: override prompt 'a photo of dog' contains 'photo'" in capsys.readouterr().err
+    (here / "cats.txt").write_text("the dog and a Cat\n")
+    unlearn("second", *flags, "--erase_concept", "three", "--retain_prompts", "cats.txt", code=2)
+    assert "retained prompt 'the dog and a Cat' contains 'cat'" in capsys.readouterr().err  # stays forgotten
+    (here / "threes.txt").write_text("the three\n")
+    flags = (*flags, "--erase_concept", "three", "--forget_prompts", "threes.txt")
     fine = ("--generator_lr", "1e-6", "--max_train_steps", "1", "--mixed_precision", "bf16")
-    second = unlearn("second", *flags, *fine, "--forget_prompts", "photos.txt")
+    second = unlearn("second", *flags, *fine)
     assert_no_bits_were_lost(weights(plain[0] / "model"), weights(second / "model"))
     plan = json.loads((second / "prompts.json").read_text())
-    assert [plan["texts"][label] for label in plan["forget"]][:2] == ["the photo", "cat"]  # which stays forgotten
+    assert [plan["texts"][label] for label in plan["forget"]][:2] == ["the three", "cat"]  # which stays forgotten
     deltas = [Delta.load(folder / "delta") for folder in (plain[0], second)]
     assert not deltas[0].overlaps(deltas[1])
     state, ledger = weights(second / "model"), Ledger.load(second / "model/unet")
@@ -235,7 +239,10 @@ def test_what_folders_and_files_say_is_a_setting(plain, capsys):
     [
         (("--init_generator", "plain/model", "--t_init", "500"), "the generator of plain/model starts at 625"),
         (("--earlier", "plain"), "prompt 'cat' is forgotten already by plain"),
-        (("--erase_concept", "a", "--earlier", "plain", "--t_init", "300"), "--earlier plain starts at 625; leave it"),
+        (
+            ("--erase_concept", "three", "--earlier", "plain", "--t_init", "300"),
+            "--earlier plain starts at 625; leave it",
+        ),
     ],
 )
 def test_what_does_not_go_on_from_there(flags, text, plain, capsys):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pecker_fast.checkpoint import read_json, write_json
 from pecker_fast.concepts.plan import PromptPlan
+from pecker_fast.concepts.prompts import check_without, normal, unique
 from pecker_fast.concepts.request import Erasure
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.errors import FileFormatError
@@ -101,12 +102,14 @@ def merged(plan: PromptPlan, erasure: Erasure, earlier: Sequence[EarlierErasure]
     """The plan of this erasure, whose true score still knows what was forgotten before: that stays forgotten.
 
     Raises:
-        ValueError: A prompt is forgotten already, is to be retained now, or takes another's place now.
+        ValueError: A prompt is forgotten already, is to be retained now, or takes another's place now; one that is
+            retained or takes another's place contains a concept of any of the erasures.
     """
     own, override = list(erasure.forget), None if erasure.override is None else list(erasure.override)
     for before in earlier:
         gone = before.plan.named(before.plan.forget) or []
-        if again := [prompt for prompt in erasure.forget if prompt in gone]:
+        known = {normal(prompt) for prompt in gone}
+        if again := [prompt for prompt in erasure.forget if normal(prompt) in known]:
             raise ValueError(f"prompt {again[0]!r} is forgotten already by {before.folder}")
         targets = before.plan.named(before.plan.override)
         if (targets is None) != (override is None):
@@ -116,7 +119,9 @@ def merged(plan: PromptPlan, erasure: Erasure, earlier: Sequence[EarlierErasure]
             )
         own += gone
         if override is not None and targets is not None:
+            check_without(f"--earlier {before.folder}: override", targets, erasure.concepts)
             override += targets
-    whole = Erasure(erasure.concepts, tuple(own), None if override is None else tuple(override))
+    concepts = unique([*erasure.concepts, *(concept for before in earlier for concept in before.concepts)])
+    whole = Erasure(tuple(concepts), tuple(own), None if override is None else tuple(override))
     negative = plan.named(plan.negative)
     return PromptPlan.of(whole, retain, negative[0] if negative else None)
