@@ -18,7 +18,7 @@ from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
 from pecker_fast.commands.concept_job import Job
 from pecker_fast.commands.concept_training import sketch
-from pecker_fast.concepts import PipelineFolder, embed_prompts
+from pecker_fast.concepts import PipelineFolder, embed_prompts, recipe
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.parser import build_parser
 from pecker_fast.sampling import one_step_sample
@@ -220,6 +220,9 @@ def test_flags_are_settings(capsys):
     assert (settings["micro_batch_size"], settings["t_init"], settings["share_frozen_weights"]) == (1, 500, True)
     assert (settings["ema_decay"], settings["eps"], settings["fake_score_mask"]) == (None, 1e-6, "same")
     assert all(".attn2." in prefix for prefix in settings["mask"]["region"])
+    assert (
+        "note" in found and found["settings"]["max_train_steps"] == 2
+    )  # nothing but the diffusion model to start from
     assert found["parameters"]["model"] == 203204 > found["parameters"]["active_at_most"] > 0
     assert "dry/model" in found["would_write"] and "dry/distill_config.json" in found["would_write"]
     assert not Path("dry").exists()
@@ -232,6 +235,18 @@ def test_what_folders_and_files_say_is_a_setting(plain, capsys):
     mask = BlockMask.load("plain/mask.safetensors")
     assert found["parameters"]["active_at_most"] == mask.numel
     assert (found["settings"]["mask"]["density"], found["settings"]["t_init"]) == (mask.density_asked, 625)
+    assert "note" not in found
+
+
+@pytest.mark.parametrize(("method", "steps"), [("pecker", 25_000), ("distill", 25_000), ("esd", 200), ("salun", 200)])
+def test_steps_are_the_methods_own(method, steps, capsys):
+    base = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "dry", "--method", method)
+    assert (
+        main(["unlearn", *base, "--erase_concept", "cat", "--retain_prompts", "keep.txt", "--dry_run", "--json"]) == 0
+    )
+    assert (
+        json.loads(capsys.readouterr().out)["settings"]["max_train_steps"] == steps == recipe.STEPS.get(method, 25_000)
+    )
 
 
 @pytest.mark.parametrize(

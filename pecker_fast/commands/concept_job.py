@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pecker_fast.baseline_flags import DISTILL
 from pecker_fast.baselines import BaselineConfig
 from pecker_fast.commands.concept_settings import (
     baseline_config,
@@ -18,7 +19,8 @@ from pecker_fast.commands.concept_settings import (
     training_dtype,
 )
 from pecker_fast.commands.source import torch_device
-from pecker_fast.concept_flags import is_one_step
+from pecker_fast.concept_flags import PECKER, is_one_step
+from pecker_fast.concepts import recipe
 from pecker_fast.concepts.generators import check_generator
 from pecker_fast.concepts.pipeline import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
@@ -57,12 +59,16 @@ class Job:
 
     @classmethod
     def read(cls, options: argparse.Namespace) -> Job:
-        """Check all of it; no weights are read but those of a mask and of earlier deltas.
+        """Check all of it; no weights are read but those of a mask, of earlier deltas, and of text encoders to compare.
+
+        ``options.max_train_steps`` becomes the method's own where it is None, so that ``config.yaml`` says it.
 
         Raises:
             FileFormatError: A folder or file is missing, damaged, or not supported.
             ValueError: Flags, prompts or numbers that do not go together.
         """
+        if options.max_train_steps is None:
+            options.max_train_steps = recipe.STEPS[PECKER if options.method == DISTILL else options.method]
         base = PipelineFolder.read(options.pretrained_model_name_or_path)
         if base.t_init is not None:
             raise FileFormatError(
@@ -89,6 +95,11 @@ class Job:
     def one_step(self) -> bool:
         """Whether a one-step generator comes out."""
         return is_one_step(self.options)
+
+    @property
+    def distils_too(self) -> bool:
+        """Whether the UNet of many steps that it starts from has to become a one-step generator on the way."""
+        return self.one_step and self.start.t_init is None and not self.earlier
 
     @property
     def settings_name(self) -> str:

@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pecker_fast.checkpoint import atomic_folder
@@ -19,6 +20,10 @@ from pecker_fast.commands.together import group_of
 from pecker_fast.concept_flags import check_concept_flags
 from pecker_fast.concepts.pipeline import quiet_libraries
 
+DISTILS_TOO = (
+    "It starts from the diffusion model itself, so that the same steps also have to distil it into one step: look at the "
+    "prompts it is to keep, or start from a generator (--init_generator)."
+)
 _WRITES = ("model/", "delta/", "mask.safetensors", "prompts.json", "metrics.jsonl")
 
 
@@ -55,7 +60,8 @@ def _dry_run(job: Job) -> Outcome:
         "dtype": str(job.dtype).removeprefix("torch."),
     }
     settings = {**settings_of(job.config, options), "prompts": prompts}
-    return dry_run(settings, {"model": job.base.parameters, "active_at_most": job.active_at_most}, writes)
+    planned = dry_run(settings, {"model": job.base.parameters, "active_at_most": job.active_at_most}, writes)
+    return replace(planned, values={**planned.values, "note": DISTILS_TOO}) if job.distils_too else planned
 
 
 def _values(job: Job, trained: Trained) -> dict[str, Any]:
@@ -82,8 +88,9 @@ def _text(job: Job, values: Mapping[str, Any]) -> str:
         if job.one_step
         else "It is an ordinary UNet of many steps: your scheduler, LoRAs and ControlNets go on working."
     )
+    more = f" {DISTILS_TOO}" if job.distils_too else ""
     return (
         f"Forgot {what} in {values['step']} steps ({values['seconds']:.1f} s), training "
         f"{values['trainable_parameters']:,} of {values['parameters']:,} weights. Written to "
-        f"{values['model']}. {how} Erased is not proven absent: look at it, and attack it, before you rely on it."
+        f"{values['model']}. {how}{more} Erased is not proven absent: look at it, and attack it, before you rely on it."
     )
