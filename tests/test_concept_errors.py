@@ -48,6 +48,13 @@ def refused(capsys, code, text, *flags, concept=("--erase_concept", "cat"), keep
     assert error.count("\n") == 1
 
 
+def checker(base, name):
+    """A safety checker of this file alone."""
+    change(base / INDEX, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker" / name).write_bytes(b"{}")
+
+
 def change(file, **values):
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
@@ -110,6 +117,13 @@ def test_schedulers_that_cannot_be_trained_with(method, file, values, text, here
         ),
         (lambda base: (base / UNET).write_bytes((base / UNET).read_bytes()[:1000]), "truncated or not a safetensors"),
         (lambda base: (base / "text_encoder/model.safetensors").unlink(), "text_encoder: has no safetensors file"),
+        (lambda base: checker(base, "pytorch_model.bin"), "safety_checker: has pytorch_model.bin alone, a pickle"),
+        (lambda base: checker(base, "model.fp16.safetensors"), "has model.fp16.safetensors alone, a variant"),
+        (lambda base: checker(base, "config.json"), "safety_checker: has no safetensors file"),
+        (
+            lambda base: (base / "vae/diffusion_pytorch_model.safetensors").rename(base / "vae/other.bin"),
+            "vae: has other",
+        ),
     ],
 )
 def test_folders_that_lack_something(spoil, text, here, capsys):
