@@ -139,6 +139,15 @@ def test_embeddings_are_the_pipelines(base, pipeline):
     assert torch.equal(embed_prompts(pipeline, prompts), expected)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_a_unet_has_weights_of_its_own_and_one_copy_of_them(dtype, pipeline, monkeypatch):
+    tensors = pipeline.tensors()
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    unet = pipeline.unet(tensors, dtype)
+    for name, weight in unet.state_dict().items():
+        assert torch.equal(weight, tensors[name].to(dtype)) and weight.data_ptr() != tensors[name].data_ptr()
+
+
 @pytest.mark.parametrize("method", ["xattn", "selfattn", "noxattn", "full"])
 def test_train_methods_are_regions(method, pipeline):
     inside = {
@@ -193,5 +202,5 @@ def test_the_card_passes_on_the_licence_and_no_path(tmp_path, pipeline):
     assert base_front(tmp_path)["license"] == "creativeml-openrail-m"
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     assert base_front(tmp_path) == {} == base_front(tmp_path / "nowhere")
-    text = str(Card(pipeline, "esd", False, ["cat"], ["a `cat`"], None, 0.1, {"steps": 2}, False))
+    text = str(Card(pipeline, "esd", False, ["cat"], ["a `cat`"], None, 0.1, {"steps": 2}))
     assert str(pipeline.path.parent) not in text and "base_model: base" in text and "not proven absent" in text

@@ -17,10 +17,12 @@ class Outcome:
     Attributes:
         values: For machines, plain JSON values.
         text: For people; None lists ``values``.
+        warning: What went wrong without harm to the rest; always told, on stderr.
     """
 
     values: Mapping[str, Any]
     text: str | None = None
+    warning: str | None = None
 
 
 def dry_run(settings: Mapping[str, Any], parameters: Mapping[str, int], writes: list[str]) -> Outcome:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.before_after import add_pictures
 from pecker_fast.commands.concept_job import Job
 from pecker_fast.commands.concept_result import write_result
 from pecker_fast.commands.concept_settings import settings_of
@@ -21,14 +21,14 @@ from pecker_fast.concept_flags import check_concept_flags
 from pecker_fast.concepts.pipeline import quiet_libraries
 
 DISTILS_TOO = (
-    "It starts from the diffusion model itself, so that the same steps also have to distil it into one step: look at the "
-    "prompts it is to keep, or start from a generator (--init_generator)."
+    "It starts from the diffusion model itself, so that the same steps also have to distil it into one step: look at "
+    "the prompts it is to keep, or start from a generator (--init_generator)."
 )
 _WRITES = ("model/", "delta/", "mask.safetensors", "prompts.json", "metrics.jsonl")
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Unlearn by the method that the flags ask for; the output folder appears only when all of it is there."""
+    """Unlearn by the method that the flags ask for; the output folder appears only when all but pictures is there."""
     if group_of(options) is not None:
         raise ValueError("--pretrained_model_name_or_path: a pipeline is trained in one process; leave out torchrun")
     check_concept_flags(options)
@@ -40,13 +40,17 @@ def run(options: argparse.Namespace) -> Outcome:
     with atomic_folder(options.output_dir) as folder:
         tensors, ledger = job.start_weights()
         trained = train(job, tensors)
-        if options.num_validation_images != 0:
-            gc.collect()  # the networks, before pictures are drawn
-        write_result(job, folder, tensors, ledger, trained.tensors, trained.mask)
+        card = write_result(job, folder, tensors, ledger, trained.tensors, trained.mask)
         lines = "".join(json.dumps(dict(step)) + "\n" for step in trained.metrics)
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     values = _values(job, trained)
-    return Outcome(values, _text(job, values))
+    del trained
+    pictures = add_pictures(job, card, tensors)
+    warning = None
+    if pictures.failed is not None:
+        warning = f"{job.options.output_dir} is complete, but for pictures: drawing them failed ({pictures.failed})"
+    values |= {"pictures": None if pictures.file is None else str(pictures.file)}
+    return Outcome(values, _text(job, values), warning)
 
 
 def _dry_run(job: Job) -> Outcome:
