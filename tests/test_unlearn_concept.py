@@ -275,7 +275,7 @@ def test_what_trained_stays_when_drawing_fails(error, code, told, here, untraine
     card = (here / "broken/model/README.md").read_text()
     assert ("drawing them failed (RuntimeError)." in card) == (code == 0) and "before_after.png" not in card
     assert weights(here / "broken/model").keys() == weights(here / "epsilon").keys()
-    assert not (here / "broken/model/before_after.png").exists()
+    assert (here / "broken/config.yaml").is_file() and not (here / "broken/model/before_after.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ class Job:
     @property
     def distils_too(self) -> bool:
         """Whether the UNet of many steps that it starts from has to become a one-step generator on the way."""
-        return self.one_step and self.start.t_init is None and not self.earlier
+        return self.one_step and self.start is self.base and not self.earlier
 
     @property
     def settings_name(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pecker_fast import config_file
 from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.before_after import add_pictures
@@ -45,6 +46,7 @@ def run(options: argparse.Namespace) -> Outcome:
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     values = _values(job, trained)
     del trained
+    config_file.write(options.output_dir, options.parser, options)  # here too, for runs that are interrupted below
     pictures = add_pictures(job, card, tensors)
     warning = None
     if pictures.failed is not None:
