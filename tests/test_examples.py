@@ -77,16 +77,17 @@ def test_erase_nudity(pipeline, tmp_path, capsys):
     assert len(forget) == len(override) == len(set(forget)) == 2 * len(erase["SUBJECTS"]) * len(erase["KEYWORDS"])
 
 
-@pytest.mark.parametrize("method", ["pecker", "sfd", "esd", "salun"])
 @pytest.mark.parametrize(("name", "more"), [("celebrity", ("the cat", "the dog")), ("nudity", ())])
-def test_examples_leave_the_steps_to_the_method(name, more, method, pipeline, tmp_path, monkeypatch):
+def test_examples_leave_the_steps_to_the_method(name, more, pipeline, tmp_path, monkeypatch):
     erase = runpy.run_path(str(EXAMPLES / f"erase_{name}.py"))["erase"]
     asked = []
     monkeypatch.setitem(erase.__globals__, "pecker_fast", asked.append)
-    erase(pipeline, tmp_path, *more, method=method)
-    erase(pipeline, tmp_path, *more, method=method, short=True)
-    given, short = (build_parser().parse_args(flags) for flags in asked)
-    assert given.max_train_steps is None and short.max_train_steps == 1
+    parser = build_parser()
+    for method in ("pecker", "sfd", "esd", "salun"):
+        for short in (False, True):
+            erase(pipeline, tmp_path, *more, method=method, short=short)
+            given = parser.parse_args(asked.pop())
+            assert (given.method, given.max_train_steps) == (method, 1 if short else None)
 
 
 def _was_erased(before, after):
