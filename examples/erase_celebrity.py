@@ -26,8 +26,6 @@ TEMPLATES = (
 SHORT_TEMPLATES = ("{}", "photo of {}")
 SHORT_RETAIN = ("the bird", "photo of three", "red dog")
 """For pipelines with a handful of words, such as the tests have."""
-STEPS = 25_000
-"""A hundred thousand images, four at a time: what PECKER needed for a celebrity, a third of SFD's."""
 
 
 def erase(
@@ -58,8 +56,8 @@ def erase(
         flags += ["--mask_density", density]
     if init_generator is not None:
         flags += ["--init_generator", init_generator]
-    flags += ["--max_train_steps", 1 if short else STEPS, "--train_batch_size", 2 if short else 4]
-    if short:
+    if short:  # else as many steps as the method has by default
+        flags += ["--max_train_steps", 1, "--train_batch_size", 2]
         flags += ["--num_validation_images", 0, "--quiet", *([] if method == "sfd" else ["--mask", "random"])]
     return pecker_fast(["unlearn", *map(str, flags)])
 

@@ -82,6 +82,8 @@ def _report(ended: Ended, options: argparse.Namespace) -> int:
     """Print what came out, or what went wrong."""
     if ended.outcome is None:
         return _fail(options, ended.message, ended.code)
+    if ended.outcome.warning is not None:
+        print(f"pecker-fast {options.command}: warning: {' '.join(ended.outcome.warning.split())}", file=sys.stderr)
     try:
         _print(_keep_flags(ended.outcome, options), options)
     except FileFormatError as error:

@@ -86,6 +86,7 @@ def evaluate_concept(
     original: StrPath | None = None,
     settings: DrawSettings | None = None,
     on_images: OnImages | None = None,
+    scratch: StrPath | None = None,
 ) -> ConceptEvaluation:
     """Draw the same prompts and seeds with the model before and after erasing, and measure both.
 
@@ -99,6 +100,8 @@ def evaluate_concept(
         original: Folder before erasing; without it there is no "before", and damage cannot be told.
         settings: How images are drawn.
         on_images: Called with "before" or "after", positions in the sets one after the other, and images.
+        scratch: Folder on a disk with room for all images of one side, which lie there meanwhile; None takes the
+            system's temporary folder, which may be memory.
 
     Raises:
         FileFormatError: A folder cannot be used; both are looked at before anything is drawn.
@@ -117,9 +120,9 @@ def evaluate_concept(
     described = {name: detector.describe() for name, detector in detectors.items()}
     sides: dict[str, Columns] = {}
     records: dict[str, Any] = {"before": None}
-    with tempfile.TemporaryDirectory(prefix="pecker-fast-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=".pecker-fast-", dir=scratch) as place:
         shape = (len(prompts), *folders["after"].image_size, 3)
-        images = np.lib.format.open_memmap(Path(scratch) / "images.npy", "w+", np.uint8, shape)
+        images = np.lib.format.open_memmap(Path(place) / "images.npy", "w+", np.uint8, shape)
         for side, folder in folders.items():
             drawing = _Drawing(side, folder, settings, detectors, on_images)
             with quiet_libraries():

@@ -75,7 +75,12 @@ def unlearn_command(commands: Any) -> None:
         help="use this mask; --mask, --mask_density and --block do not count",
     )
     fake_score_mask_flag(parser)
-    parser.add_argument("--max_train_steps", type=positive_int, default=500, metavar="N", help="(500)")
+    parser.add_argument(
+        "--max_train_steps",
+        type=positive_int,
+        metavar="N",
+        help="(500; of a pipeline: esd and salun 200, pecker and sfd 25000)",
+    )
     _stop_flags(parser)
     _training_flags(parser)
     _forgetting_flags(parser)

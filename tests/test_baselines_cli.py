@@ -43,6 +43,7 @@ def settings(capsys, teacher, method, *more):  # noqa: F811
         ("--num_inference_steps 11 --seed 4", {"sampling_steps": 11, "seed": 4}),
         ("--train_batch_size 6 --forget_batch_size 2", {"batch_size": 6, "forget_batch_size": 2}),
         ("--retain_weight 2 --forget_weight 0.5", {"retain_weight": 2.0, "forget_weight": 0.5}),
+        ("--ema_decay 0.9 --seed 0", {"max_train_steps": 500, "ema_decay": 0.9}),
         ("--ema_decay 0.9 --weight_decay 0.1", {"ema_decay": 0.9, "weight_decay": 0.1}),
     ],
 )

@@ -2,17 +2,24 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from models import conv_net
 from pipelines import write_pipeline
 
 from pecker_fast import BlockMask
+from pecker_fast.checkpoint import read_safetensors, write_safetensors
 from pecker_fast.cli import main
 from pecker_fast.concepts import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
+from pecker_fast.models.one_step_scheduler import one_step_scheduler
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
+INDEX, SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+COMMAND = ("unlearn", "--pretrained_model_name_or_path", "base", "--output_dir", "out", "--device", "cpu")
+KEEP = ("--retain_prompts", "keep.txt")
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +41,18 @@ def here(original, tmp_path, monkeypatch):
     return tmp_path
 
 
-def refused(capsys, code, text, *flags, concept=("--erase_concept", "cat"), keep=("--retain_prompts", "keep.txt")):
-    before = ("unlearn", "--pretrained_model_name_or_path", "base", "--output_dir", "out", "--device", "cpu")
-    assert main([*before, *concept, *keep, *flags]) == code
+def refused(capsys, code, text, *flags, concept=("--erase_concept", "cat"), keep=KEEP):
+    assert main([*COMMAND, *concept, *keep, *flags]) == code
     error = capsys.readouterr().err
     assert text in error, error
     assert error.count("\n") == 1
+
+
+def checker(base, name):
+    """A safety checker of this file alone."""
+    change(base / INDEX, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker" / name).write_bytes(b"{}")
 
 
 def change(file, **values):
@@ -70,6 +83,20 @@ def test_pipelines_that_are_not_supported(file, values, text, here, capsys):
 
 
 @pytest.mark.parametrize(
+    ("method", "file", "values", "text"),
+    [
+        ("esd", SCHEDULER, {"rescale_betas_zero_snr": True}, "must decrease strictly within (0, 1)"),
+        ("pecker", SCHEDULER, {"beta_schedule": "none"}, "scheduler_config.json: cannot be trained with"),
+        ("salun", INDEX, {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "got FlowMatchEuler"),
+        ("esd", INDEX, {"scheduler": ["diffusers", "utils"]}, "this diffusers has no scheduler 'utils'"),
+    ],
+)
+def test_schedulers_that_cannot_be_trained_with(method, file, values, text, here, capsys):
+    change(here / "base" / file, **values)
+    refused(capsys, 3, text, "--method", method, "--dry_run")
+
+
+@pytest.mark.parametrize(
     ("spoil", "text"),
     [
         (lambda base: shutil.rmtree(base), "base: no such folder"),
@@ -90,6 +117,13 @@ def test_pipelines_that_are_not_supported(file, values, text, here, capsys):
         ),
         (lambda base: (base / UNET).write_bytes((base / UNET).read_bytes()[:1000]), "truncated or not a safetensors"),
         (lambda base: (base / "text_encoder/model.safetensors").unlink(), "text_encoder: has no safetensors file"),
+        (lambda base: checker(base, "pytorch_model.bin"), "safety_checker: has pytorch_model.bin alone, a pickle"),
+        (lambda base: checker(base, "model.fp16.safetensors"), "has model.fp16.safetensors alone, a variant"),
+        (lambda base: checker(base, "config.json"), "safety_checker: has no safetensors file"),
+        (
+            lambda base: (base / "vae/diffusion_pytorch_model.safetensors").rename(base / "vae/other.bin"),
+            "vae: has other",
+        ),
     ],
 )
 def test_folders_that_lack_something(spoil, text, here, capsys):
@@ -125,6 +159,8 @@ LONG = "a photo of a cat with an extraordinarily long name"
         (["--guidance_scale", "1", "2"], 2, "--guidance_scale: expected one number, or three, got 2"),
         (["--t_max", "2000"], 2, "2000"),
         (["--earlier", "none"], 3, "none/delta"),
+        (["--method", "esd", "--num_inference_steps", "1001"], 2, "at most the schedule's 1000, got 1001"),
+        (["--method", "salun", "--num_inference_steps", "1001"], 2, "at most the schedule's 1000, got 1001"),
         (["--mask_path", "none.safetensors"], 3, "none.safetensors"),
         (
             ["--mask_path", "other.safetensors"],
@@ -158,8 +194,82 @@ def test_an_earlier_erasure_of_another_kind(here, capsys, monkeypatch):
     refused(capsys, 2, "every weight would train", "--earlier", "before", "--method", "esd")
 
 
+@pytest.mark.parametrize(
+    ("starts", "flags", "code", "text"),
+    [
+        ((300, 300), (), 0, ""),
+        ((300, 625), (), 2, "--earlier second starts at 625, and --earlier first at 300; their deltas do not add up"),
+        ((300, 300), ("--init_generator", "generator"), 2, "starts at 300, and the generator of generator at 625"),
+        ((300, 300), ("--t_init", "625"), 2, "--t_init 625: --earlier first starts at 300; leave it out"),
+        ((None, 300), (), 3, "first/delta: does not say its t_init"),
+    ],
+)
+def test_erasures_that_add_up_start_at_one_timestep(starts, flags, code, text, generator, capsys, monkeypatch):
+    from pecker_fast.concepts import record
+
+    before = {
+        name: record.EarlierErasure(
+            Path(name), SimpleNamespace(metadata={"t_init": t_init}), PromptPlan((name,), (0,), None, ()), one_step=True
+        )
+        for name, t_init in zip(("first", "second"), starts, strict=True)
+    }
+    monkeypatch.setattr(record.EarlierErasure, "read", classmethod(lambda cls, folder: before[folder.name]))
+    if code == 0:
+        main([*COMMAND, "--erase_concept", "cat", *KEEP, "--earlier", "first", "second", "--dry_run", "--json"])
+        assert json.loads(capsys.readouterr().out)["settings"]["t_init"] == 300
+    else:
+        refused(capsys, code, text, "--earlier", "first", "second", *flags)
+
+
 def test_a_class_conditional_folder_takes_no_prompts(here, capsys):
     (here / "base" / "model_index.json").unlink()
     flags = ("--forget_class", "3", "--negative_prompt", "x")
     refused(capsys, 2, "--negative_prompt: is of pipelines; this is a class", *flags, concept=(), keep=())
     refused(capsys, 2, "--forget_class: is needed; name the classes", concept=(), keep=())
+
+
+@pytest.fixture
+def generator(here):
+    """A one-step generator's folder that was made of the base, as it says."""
+    folder, out = PipelineFolder.read(here / "base"), here / "generator"
+    shutil.copytree(here / "base", out)
+    scheduler = one_step_scheduler(folder.schedule(), 625)
+    scheduler.save_pretrained(out / "scheduler")
+    change(out / INDEX, scheduler=["diffusers", type(scheduler).__name__])
+    return out
+
+
+def half(weights):
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def tuned(weights):
+    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
+    return {**weights, name: weights[name] + 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (lambda weights: weights, None),
+        (half, None),  # the same in fewer bits
+        (tuned, "is not that of base; prompts are embedded by that one"),
+        (lambda weights: {**weights, "more": weights[next(iter(weights))]}, "more is not that of base"),
+    ],
+    ids=["same", "half", "tuned", "more"],
+)
+def test_a_generator_with_another_text_encoder(spoil, text, generator, capsys):
+    file = generator / "text_encoder/model.safetensors"
+    write_safetensors(file, spoil(read_safetensors(file)[0]), {"format": "pt"})
+    check = ("--init_generator", "generator", "--dry_run")
+    if text is None:
+        main([*COMMAND, "--erase_concept", "cat", *KEEP, *check, "--json"])
+        assert json.loads(capsys.readouterr().out)["settings"]["t_init"] == 625
+    else:
+        refused(capsys, 3, text, *check)
+
+
+def test_a_generator_of_another_schedule(generator, capsys):
+    betas = json.loads((generator / SCHEDULER).read_text())["trained_betas"]
+    change(generator / SCHEDULER, trained_betas=[*betas[:-1], betas[-1] + 1e-4])
+    refused(capsys, 3, "beta 625 is", "--init_generator", "generator", "--dry_run")

@@ -76,6 +76,20 @@ def test_labels_are_rows_of_the_table():
     assert PromptPlan.of(erasure).retain == (2,) and PromptPlan.of(erasure).retained_texts == ()
 
 
+def test_spellings_of_one_prompt_are_one_prompt():
+    """As to CLIP's tokenizer: lower case, single spaces."""
+    erasure = Erasure.of("Brad Pitt;brad  pitt", forget=["Brad Pitt ", "brad  PITT", "a man, brad pitt"])
+    assert (erasure.concepts, erasure.forget) == (("Brad Pitt",), ("Brad Pitt", "a man, brad pitt"))
+    assert Erasure.of(forget=["x", "X", "y"], override=["A b", "a  B", "c"]).override == ("A b", "c")
+    plan = PromptPlan.of(Erasure.of(forget=["x"], override=["A  dog"]), ["a dog", "a Dog", "a bird"])
+    assert plan.texts == ("x", "a dog", "a bird") and plan.override == (1,) and plan.retain == (1, 2)
+
+
+def test_an_embedding_takes_spellings_for_one(pipeline):
+    one, other = embed_prompts(pipeline, ["a photo of the cat", " A photo  of the CAT"])
+    assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -91,6 +105,12 @@ def test_labels_are_rows_of_the_table():
         (lambda: Erasure.of(forget=["a", "a"], override=["x", "y"]), "two overrides"),
         (lambda: Erasure.of("cat", templates=["no place"]), "has no {}"),
         (lambda: PromptPlan.of(Erasure.of("cat"), ["a dog", "cat"]), "'cat' is to be forgotten and to be retained"),
+        (lambda: PromptPlan.of(Erasure.of("cat"), ["A Photo  of cat"]), "'a photo of cat' is to be forgotten and"),
+        (lambda: PromptPlan.of(Erasure.of("cat"), ["my CAT"]), "retained prompt 'my CAT' contains 'cat', which is"),
+        (lambda: Erasure.of("brad pitt", override=["a man", *7 * ["Brad  Pitt"]]), "override prompt 'Brad  Pitt' con"),
+        (lambda: PromptPlan.of(Erasure(("cat",), ("a cat",), ("the Cat",))), "override prompt 'the Cat' contains"),
+        (lambda: PromptPlan.of(Erasure.of(forget=["a", "b"], override=["c", "A "])), "'A' is itself to be forgotten"),
+        (lambda: Erasure.of(forget=["a", "A"], override=["x", "y"]), "two overrides"),
         (lambda: PromptPlan.of(Erasure.of("cat"), [" "]), "one is empty"),
         (lambda: PromptPlan.of(Erasure.of("cat"), negative=" "), "the negative prompt is empty"),
         (lambda: PromptPlan.of(Erasure.of(forget=["a"], override=["a"])), "itself to be forgotten"),
@@ -117,6 +137,15 @@ def test_embeddings_are_the_pipelines(base, pipeline):
         prompts, torch.device("cpu"), 1, False
     )[0]
     assert torch.equal(embed_prompts(pipeline, prompts), expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_a_unet_has_weights_of_its_own_and_one_copy_of_them(dtype, pipeline, monkeypatch):
+    tensors = pipeline.tensors()
+    monkeypatch.setattr(torch.Tensor, "clone", None)
+    unet = pipeline.unet(tensors, dtype)
+    for name, weight in unet.state_dict().items():
+        assert torch.equal(weight, tensors[name].to(dtype)) and weight.data_ptr() != tensors[name].data_ptr()
 
 
 @pytest.mark.parametrize("method", ["xattn", "selfattn", "noxattn", "full"])
@@ -173,5 +202,5 @@ def test_the_card_passes_on_the_licence_and_no_path(tmp_path, pipeline):
     assert base_front(tmp_path)["license"] == "creativeml-openrail-m"
     (tmp_path / "README.md").write_text("---\n: [\n---\n")
     assert base_front(tmp_path) == {} == base_front(tmp_path / "nowhere")
-    text = str(Card(pipeline, "esd", False, ["cat"], ["a `cat`"], None, 0.1, {"steps": 2}, False))
+    text = str(Card(pipeline, "esd", False, ["cat"], ["a `cat`"], None, 0.1, {"steps": 2}))
     assert str(pipeline.path.parent) not in text and "base_model: base" in text and "not proven absent" in text

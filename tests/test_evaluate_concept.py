@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from pecker_fast import models
 from pecker_fast.cli import main
+from pecker_fast.commands.evaluate_concept import _text
 from pecker_fast.concept_draws import check_pipeline, draw, is_pipeline, load_pipeline, sampling_of
 from pecker_fast.concept_evaluation import DrawSettings, evaluate_concept
 from pecker_fast.concept_tables import collect
@@ -254,6 +255,13 @@ def test_everything_that_a_number_depends_on_is_recorded(folders):
     assert len(digests) == 2 and all(len(digest) == 64 for digest in digests)
 
 
+def test_cut_prompts_are_told():
+    values = {"sets": {"concept": {"images": 3, "measures": {}, "change": None}}, "original": None}
+    told = "2 of 3 images are of prompts longer than the tokenizer takes"
+    assert told in _text({**values, "model": {"cut_prompts": 2}})
+    assert "tokenizer" not in _text({**values, "model": {"cut_prompts": 0}})
+
+
 def test_clip_score(clip, original):
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     prompts = [EvaluationPrompt("a photo of cat"), EvaluationPrompt("dog"), EvaluationPrompt("dog " * 30)]
@@ -337,7 +345,7 @@ def run(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_command_writes_results_rows_and_pictures(here, folders, capsys):
+def test_the_command_writes_results_rows_and_pictures(here, folders, capsys, monkeypatch):
     torch.manual_seed(0)
     models.save(DigitsClassifier(width=2, image_size=16, channels=3, num_classes=4), here / "judge")
     arguments = ["--model", folders / "changed", "--original", folders / "original", *QUICK, "--prompts", "p.csv"]
@@ -348,7 +356,11 @@ def test_the_command_writes_results_rows_and_pictures(here, folders, capsys):
     assert planned["settings"]["images"] == {"concept": 2, "neighbours": 4, "unrelated": 2}
     assert planned["settings"]["detectors"]["mine.py:bright"]["threshold"] == 0.5
     assert sorted(path.name for path in here.iterdir()) == ["judge", "mine.py", "n.txt", "p.csv"]
+    mapped, open_memmap = [], np.lib.format.open_memmap
+    remember = lambda file, *how: mapped.append(file) or open_memmap(file, *how)  # noqa: E731
+    monkeypatch.setattr(np.lib.format, "open_memmap", remember)
     values = run(capsys, *arguments)
+    assert [file.parents[1] for file in mapped] == [here] and not mapped[0].exists()  # not in a folder of the system's
     written = {path.relative_to(here / "out").as_posix() for path in (here / "out").rglob("*") if path.is_file()}
     images = {f"images/{side}/concept-00001.png" for side in ("before", "after")}
     assert {"results.json", "images.jsonl", "before_after.png", "config.yaml"} | images <= written

@@ -15,6 +15,7 @@ from pecker_fast import models
 from pecker_fast.cli import main
 from pecker_fast.delta import Ledger
 from pecker_fast.models.storage import WEIGHTS_NAME
+from pecker_fast.parser import build_parser
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -74,6 +75,19 @@ def test_erase_nudity(pipeline, tmp_path, capsys):
     assert (tmp_path / "override.txt").read_text().splitlines() == 2 * ["the cat, three", "the dog, three"]
     forget, override = erase["prompts"](erase["SUBJECTS"], erase["KEYWORDS"], erase["DRESSED"])
     assert len(forget) == len(override) == len(set(forget)) == 2 * len(erase["SUBJECTS"]) * len(erase["KEYWORDS"])
+
+
+@pytest.mark.parametrize(("name", "more"), [("celebrity", ("the cat", "the dog")), ("nudity", ())])
+def test_examples_leave_the_steps_to_the_method(name, more, pipeline, tmp_path, monkeypatch):
+    erase = runpy.run_path(str(EXAMPLES / f"erase_{name}.py"))["erase"]
+    asked = []
+    monkeypatch.setitem(erase.__globals__, "pecker_fast", asked.append)
+    parser = build_parser()
+    for method in ("pecker", "sfd", "esd", "salun"):
+        for short in (False, True):
+            erase(pipeline, tmp_path, *more, method=method, short=short)
+            given = parser.parse_args(asked.pop())
+            assert (given.method, given.max_train_steps) == (method, 1 if short else None)
 
 
 def _was_erased(before, after):

@@ -4,7 +4,9 @@ import functools
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from pipelines import write_pipeline
 from pecker_fast import BlockMask, distill_masks
 from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
-from pecker_fast.commands import concept_estimate
+from pecker_fast.commands import before_after, concept_estimate, unlearn_concept
 from pecker_fast.commands.concept_job import Job
-from pecker_fast.commands.concept_training import sketch
-from pecker_fast.concepts import PipelineFolder, embed_prompts
+from pecker_fast.commands.concept_training import Trained, sketch
+from pecker_fast.commands.resuming import Training
+from pecker_fast.concepts import PipelineFolder, embed_prompts, recipe, replaced
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.parser import build_parser
 from pecker_fast.sampling import one_step_sample
@@ -113,14 +116,16 @@ def test_a_one_step_generator(here, plain):
 
 def test_the_documented_python_runs_and_stock_diffusers_draws_what_we_draw(here):
     """Of a velocity, trained in bfloat16 off a float32 folder."""
+    names = {}
     code = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)[1]
     short = {"run(1000)": "run(1)", "density=0.1": 'kind="random"', '"sd15"': '"v_prediction"', '"out"': '"documented"'}
     for before, after in short.items():
         assert before in code
         code = code.replace(before, after)
-    exec(compile(code, DOCUMENT, "exec"), {})
+    exec(compile(code, DOCUMENT, "exec"), names)
     before, after = assert_only_masked_weights_changed(here / "v_prediction", here / "documented")
     assert_no_bits_were_lost(before, after)
+    assert_no_bits_were_lost(before, replaced(names["distiller"].fake_score_optimizer.active, before))
 
     folder = PipelineFolder.read(here / "v_prediction")
     predict = TextConditional(embed_prompts(folder, ["a cat"]), folder.prediction_type, folder.schedule())
@@ -154,16 +159,23 @@ def test_resumed_with_gradient_checkpointing(plain, monkeypatch, capsys):
     assert sum(calls) == 2 * kept // 2 - passes > kept // 2  # diffusers keeps the middle block's first ResNet
 
 
-def test_erasures_add_up_and_each_can_be_undone(here, plain, capsys):
-    (here / "photos.txt").write_text("the photo\n")
-    flags = (*PECKER, "--erase_concept", "photo", "--override_concept", "drawing", "--earlier", "plain")
-    unlearn("second", *flags, code=2)
-    assert "'a photo of photo'" not in capsys.readouterr().err
+def test_erasures_add_up_and_each_can_be_undone(here, plain, capsys, monkeypatch):
+    flags = (*PECKER, "--override_concept", "drawing", "--earlier", "plain")
+    unlearn("second", *flags, "--erase_concept", "photo", code=2)
+    assert "--earlier plain: override prompt 'a photo of dog' contains 'photo'" in capsys.readouterr().err
+    (here / "cats.txt").write_text("the dog and a Cat\n")
+    unlearn("second", *flags, "--erase_concept", "three", "--retain_prompts", "cats.txt", code=2)
+    assert "retained prompt 'the dog and a Cat' contains 'cat'" in capsys.readouterr().err  # stays forgotten
+    (here / "threes.txt").write_text("the three\n")
+    flags = (*flags, "--erase_concept", "three", "--forget_prompts", "threes.txt")
     fine = ("--generator_lr", "1e-6", "--max_train_steps", "1", "--mixed_precision", "bf16")
-    second = unlearn("second", *flags, *fine, "--forget_prompts", "photos.txt")
+    with monkeypatch.context() as patched:
+        held = unets_held_while_training(patched)
+        second = unlearn("second", *flags, *fine)
+    assert held == [1]  # of two that were read
     assert_no_bits_were_lost(weights(plain[0] / "model"), weights(second / "model"))
     plan = json.loads((second / "prompts.json").read_text())
-    assert [plan["texts"][label] for label in plan["forget"]][:2] == ["the photo", "cat"]  # which stays forgotten
+    assert [plan["texts"][label] for label in plan["forget"]][:2] == ["the three", "cat"]  # which stays forgotten
     deltas = [Delta.load(folder / "delta") for folder in (plain[0], second)]
     assert not deltas[0].overlaps(deltas[1])
     state, ledger = weights(second / "model"), Ledger.load(second / "model/unet")
@@ -171,6 +183,25 @@ def test_erasures_add_up_and_each_can_be_undone(here, plain, capsys):
     for delta in deltas:  # the older one first
         delta.revert(state, ledger=ledger, progress=False)
     assert all(torch.equal(state[name], tensor) for name, tensor in weights(here / "epsilon").items())
+
+
+def unets_held_while_training(monkeypatch):
+    """How many readings of a UNet's file still lie in memory when the steps begin."""
+    read, held, tensors, run = [], [], PipelineFolder.tensors, Training.run
+
+    def remembered(self):
+        found = tensors(self)
+        read.append(weakref.ref(next(iter(found.values()))))
+        return found
+
+    def counted_run(self, distiller, **how):
+        held.append(sum(tensor() is not None for tensor in read))
+        assert len(read) == 2
+        run(self, distiller, **how)
+
+    monkeypatch.setattr(PipelineFolder, "tensors", remembered)
+    monkeypatch.setattr(Training, "run", counted_run)
+    return held
 
 
 # -- an ordinary UNet ------------------------------------------------------------------------------
@@ -198,7 +229,79 @@ def test_esd_with_pictures_and_a_card(here):
         assert picture.size[0] > 2 * 96 and picture.convert("L").entropy() > 4
     card = (out / "model" / "README.md").read_text()
     assert card.startswith("---\nbase_model: epsilon\nlibrary_name: diffusers\n")
+    assert "Left: the base model, in 1 step. Right: this model, in 1 step." in card
     assert "before_after.png" in card and "`a photo of cat`" in card and "of many steps" in card
+
+
+# -- pictures, after the rest ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def untrained(plain, monkeypatch):
+    """The run without its training; what pictures were drawn of."""
+    drawn = []
+
+    def train(job, tensors):
+        mask = BlockMask.load("plain/mask.safetensors")
+        return Trained(dict(tensors), mask, mask.numel, [], 0.0)
+
+    def draw(folder, drawing, *, one_step, parts=None):
+        drawn.append((str(folder), one_step, parts or {}))
+        return [[Image.new("RGB", (16, 16))] * drawing.count for _ in drawing.prompts]
+
+    monkeypatch.setattr(unlearn_concept, "train", train)
+    monkeypatch.setattr(before_after, "draw", draw)
+    monkeypatch.setattr(before_after, "gc", SimpleNamespace(collect=lambda: None))  # a fifth of a second
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (RuntimeError("out of\nmemory"), 0, "drawing them failed (RuntimeError: out of memory)"),
+        (KeyboardInterrupt(), 130, "interrupted; broken is complete, but for pictures"),
+    ],
+    ids=["no memory", "interrupted"],
+)
+def test_what_trained_stays_when_drawing_fails(error, code, told, here, untrained, monkeypatch, capsys):
+    def draw(*_, **__):
+        assert (here / "broken/delta").is_dir() and (here / "broken/metrics.jsonl").is_file()
+        raise error
+
+    shutil.rmtree(here / "broken", ignore_errors=True)
+    monkeypatch.setattr(before_after, "draw", draw)
+    unlearn("broken", *ESD, "--num_validation_images", "1", code=code)
+    assert told in capsys.readouterr().err
+    card = (here / "broken/model/README.md").read_text()
+    assert ("drawing them failed (RuntimeError)." in card) == (code == 0) and "before_after.png" not in card
+    assert weights(here / "broken/model").keys() == weights(here / "epsilon").keys()
+    assert (here / "broken/config.yaml").is_file() and not (here / "broken/model/before_after.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "folder", "one_step", "parts", "caption"),
+    [
+        (
+            ("--erase_concept", "cat", "--init_generator", "plain/model"),
+            *("plain/model", True, set(), "Left: the generator that the training started from, in 1 step."),
+        ),
+        (
+            ("--erase_concept", "three", "--forget_prompts", "threes.txt", "--earlier", "plain"),
+            *("epsilon", True, {"unet", "scheduler"}, "Left: the base model with the earlier erasures, in 1 step."),
+        ),
+    ],
+    ids=["generator", "earlier"],
+)
+def test_before_is_what_the_training_started_from(flags, folder, one_step, parts, caption, here, plain, untrained):
+    (here / "threes.txt").write_text("the three\n")
+    out = unlearn("drawn", *PECKER, *flags, "--num_validation_images", "1", "--validation_steps", "2")
+    before, after = untrained
+    assert (before[:2], set(before[2])) == ((folder, one_step), parts) and after == ("drawn/model", True, {})
+    if "unet" in parts:  # with what the earlier erasure changed
+        name, weight = max(weights(plain[0] / "model").items(), key=lambda item: item[1].numel())
+        assert torch.equal(before[2]["unet"].state_dict()[name], weight)
+        assert before[2]["scheduler"].config.num_train_timesteps == 626
+    assert caption in (out / "model/README.md").read_text() and (out / "model/before_after.png").is_file()
 
 
 # -- what is told ----------------------------------------------------------------------------------
@@ -217,6 +320,7 @@ def test_flags_are_settings(capsys):
     assert (settings["micro_batch_size"], settings["t_init"], settings["share_frozen_weights"]) == (1, 500, True)
     assert (settings["ema_decay"], settings["eps"], settings["fake_score_mask"]) == (None, 1e-6, "same")
     assert all(".attn2." in prefix for prefix in settings["mask"]["region"])
+    assert "note" in found and settings["max_train_steps"] == 2  # nothing but the diffusion model to start from
     assert found["parameters"]["model"] == 203204 > found["parameters"]["active_at_most"] > 0
     assert "dry/model" in found["would_write"] and "dry/distill_config.json" in found["would_write"]
     memory = found["estimate"]["memory_bytes"]
@@ -234,6 +338,18 @@ def test_what_folders_and_files_say_is_a_setting(plain, capsys, monkeypatch):
     mask = BlockMask.load("plain/mask.safetensors")
     assert found["parameters"]["active_at_most"] == mask.numel
     assert (found["settings"]["mask"]["density"], found["settings"]["t_init"]) == (mask.density_asked, 625)
+    assert "note" not in found
+
+
+@pytest.mark.parametrize(("method", "steps"), [("pecker", 25_000), ("distill", 25_000), ("esd", 200), ("salun", 200)])
+def test_steps_are_the_methods_own(method, steps, capsys):
+    base = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "dry", "--method", method)
+    assert (
+        main(["unlearn", *base, "--erase_concept", "cat", "--retain_prompts", "keep.txt", "--dry_run", "--json"]) == 0
+    )
+    assert (
+        json.loads(capsys.readouterr().out)["settings"]["max_train_steps"] == steps == recipe.STEPS.get(method, 25_000)
+    )
 
 
 @pytest.mark.parametrize(
@@ -241,6 +357,10 @@ def test_what_folders_and_files_say_is_a_setting(plain, capsys, monkeypatch):
     [
         (("--init_generator", "plain/model", "--t_init", "500"), "the generator of plain/model starts at 625"),
         (("--earlier", "plain"), "prompt 'cat' is forgotten already by plain"),
+        (
+            ("--erase_concept", "three", "--earlier", "plain", "--t_init", "300"),
+            "--earlier plain starts at 625; leave it",
+        ),
     ],
 )
 def test_what_does_not_go_on_from_there(flags, text, plain, capsys):

@@ -18,11 +18,13 @@ class Outcome:
         values: For machines, plain JSON values.
         text: For people; None lists ``values``.
         shown: Name of a value -> what that list has in its place.
+        warning: What went wrong without harm to the rest; always told, on stderr.
     """
 
     values: Mapping[str, Any]
     text: str | None = None
     shown: Mapping[str, str] = field(default_factory=dict)
+    warning: str | None = None
 
 
 def dry_run(settings: Mapping[str, Any], parameters: Mapping[str, int], writes: list[str]) -> Outcome:

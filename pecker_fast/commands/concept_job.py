@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pecker_fast.baseline_flags import DISTILL
 from pecker_fast.baselines import BaselineConfig
 from pecker_fast.commands.concept_settings import (
     baseline_config,
@@ -18,7 +19,9 @@ from pecker_fast.commands.concept_settings import (
     training_dtype,
 )
 from pecker_fast.commands.source import torch_device
-from pecker_fast.concept_flags import is_one_step
+from pecker_fast.concept_flags import PECKER, is_one_step
+from pecker_fast.concepts import recipe
+from pecker_fast.concepts.generators import check_generator
 from pecker_fast.concepts.pipeline import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
 from pecker_fast.concepts.record import EarlierErasure, apply_earlier, merged
@@ -56,12 +59,16 @@ class Job:
 
     @classmethod
     def read(cls, options: argparse.Namespace) -> Job:
-        """Check all of it; no weights are read but those of a mask and of earlier deltas.
+        """Check all of it; no weights are read but those of a mask, of earlier deltas, and of text encoders to compare.
+
+        ``options.max_train_steps`` becomes the method's own where it is None, so that ``config.yaml`` says it.
 
         Raises:
             FileFormatError: A folder or file is missing, damaged, or not supported.
             ValueError: Flags, prompts or numbers that do not go together.
         """
+        if options.max_train_steps is None:
+            options.max_train_steps = recipe.STEPS[PECKER if options.method == DISTILL else options.method]
         base = PipelineFolder.read(options.pretrained_model_name_or_path)
         if base.t_init is not None:
             raise FileFormatError(
@@ -77,7 +84,7 @@ class Job:
             plan = merged(plan, erasure, earlier, plan.retained_texts)
         make = distill_config if is_one_step(options) else baseline_config
         mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
-        config = make(_with_found(options, start, mask), base, plan)
+        config = make(_with_found(options, _t_init(options, start, earlier), mask), base, plan)
         base.check_prompts([*plan.texts, *(options.validation_prompts or ())])
         torch_device(options.device)
         job = cls(options, base, start, erasure, plan, config, mask, earlier)
@@ -88,6 +95,11 @@ class Job:
     def one_step(self) -> bool:
         """Whether a one-step generator comes out."""
         return is_one_step(self.options)
+
+    @property
+    def distils_too(self) -> bool:
+        """Whether the UNet of many steps that it starts from has to become a one-step generator on the way."""
+        return self.one_step and self.start is self.base and not self.earlier
 
     @property
     def settings_name(self) -> str:
@@ -160,27 +172,31 @@ class Job:
 
 def _generator(options: argparse.Namespace, base: PipelineFolder) -> PipelineFolder:
     start = PipelineFolder.read(options.init_generator)
-    if start.shapes != base.shapes:
-        raise FileFormatError(
-            f"{start.path}: its UNet has other weights than that of {base.path}; take one of that model"
-        )
-    if start.prediction_type != base.prediction_type:
-        raise FileFormatError(
-            f"{start.path}: prediction_type is {start.prediction_type!r}, that of {base.path} is "
-            f"{base.prediction_type!r}"
-        )
-    if start.t_init is not None and options.t_init not in (None, start.t_init):
-        raise ValueError(
-            f"--t_init {options.t_init}: the generator of {start.path} starts at {start.t_init}; leave it out"
-        )
+    check_generator(start, base)
     return start
 
 
-def _with_found(options: argparse.Namespace, start: PipelineFolder, mask: BlockMask | None) -> argparse.Namespace:
+def _t_init(options: argparse.Namespace, start: PipelineFolder, earlier: tuple[EarlierErasure, ...]) -> int | None:
+    """Where the generator starts, as the folders say: one generator, or deltas of one, cannot start in two places."""
+    said = {f"the generator of {start.path}": start.t_init}
+    said |= {f"--earlier {erasure.folder}": erasure.t_init for erasure in earlier}
+    known = [(who, t_init) for who, t_init in said.items() if t_init is not None]
+    if not known:
+        return None
+    first, t_init = known[0]
+    for who, other in known[1:]:
+        if other != t_init:
+            raise ValueError(f"{who} starts at {other}, and {first} at {t_init}; their deltas do not add up")
+    if options.t_init not in (None, t_init):
+        raise ValueError(f"--t_init {options.t_init}: {first} starts at {t_init}; leave it out")
+    return t_init
+
+
+def _with_found(options: argparse.Namespace, t_init: int | None, mask: BlockMask | None) -> argparse.Namespace:
     """The flags, and what the folders and files that they name say in place of some."""
     found: dict[str, Any] = {}
-    if start.t_init is not None:
-        found["t_init"] = start.t_init
+    if t_init is not None:
+        found["t_init"] = t_init
     if mask is not None:
         found["mask_density"] = mask.density_asked
     return argparse.Namespace(**vars(options) | found)

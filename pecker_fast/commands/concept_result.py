@@ -1,4 +1,4 @@
-"""What an erasure from a pipeline writes: the pipeline, the delta, the mask, the record, pictures and the card."""
+"""What an erasure from a pipeline writes: the pipeline, the delta, the mask, the record and the card."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor
 import pecker_fast
 from pecker_fast.checkpoint import write_json
 from pecker_fast.commands.concept_job import Job
-from pecker_fast.concepts.card import PICTURE, Card
+from pecker_fast.concepts.card import Card
 from pecker_fast.concepts.output import extract_delta, write_pipeline
-from pecker_fast.concepts.pictures import Drawing, draw, grid
 from pecker_fast.concepts.record import write_record
 from pecker_fast.config import DistillConfig
 from pecker_fast.delta import Ledger
@@ -25,8 +24,11 @@ from pecker_fast.models.pipeline_scheduler import PipelineScheduler, scheduler_c
 
 def write_result(
     job: Job, folder: Path, before: Mapping[str, Tensor], ledger: Ledger, after: Mapping[str, Tensor], mask: BlockMask
-) -> None:
+) -> Card:
     """Write all of it into ``folder``, which the caller makes complete or absent.
+
+    Returns:
+        The card as it was written: pictures come later, once the rest is safe on the disk.
 
     Raises:
         FileFormatError: A file cannot be written.
@@ -50,28 +52,16 @@ def write_result(
     mask.save(folder / "mask.safetensors")
     write_json(folder / f"{job.settings_name}.json", config.to_dict())
     write_record(folder, job.plan, job.erasure, delta, {"method": job.options.method, "one_step": job.one_step})
-    picture = _write_picture(job, folder / "model")
-    _card(job, mask, picture).write(folder / "model")
+    card = _card(job, mask)
+    card.write(folder / "model")
+    return card
 
 
 def _count(job: Job) -> int:
     return len(job.erasure.forget)
 
 
-def _write_picture(job: Job, model: Path) -> bool:
-    options = job.options
-    count = 2 if options.num_validation_images is None else options.num_validation_images
-    if count == 0:
-        return False
-    chosen = options.validation_prompts or [*job.erasure.forget[:2], *job.plan.retained_texts[:2]]
-    steps = options.validation_steps or 25
-    drawing = Drawing(tuple(chosen), count, options.seed or 0, steps, device=job.device, dtype=job.dtype)
-    before, after = draw(job.base.path, drawing), draw(model, drawing, one_step=job.one_step)
-    grid(drawing.prompts, before, after).save(model / PICTURE)
-    return True
-
-
-def _card(job: Job, mask: BlockMask, picture: bool) -> Card:
+def _card(job: Job, mask: BlockMask) -> Card:
     options, config, erasure = job.options, job.config, job.erasure
     return Card(
         job.base,
@@ -82,7 +72,6 @@ def _card(job: Job, mask: BlockMask, picture: bool) -> Card:
         erasure.override,
         mask.density,
         _shown(job, config),
-        picture,
     )
 
 

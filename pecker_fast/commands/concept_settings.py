@@ -89,8 +89,19 @@ def baseline_config(options: argparse.Namespace, pipeline: PipelineFolder, plan:
     """The settings of a method that leaves a UNet of many steps: those published for it where no flag was given.
 
     Raises:
-        ValueError: A number out of range.
+        FileFormatError: The scheduler has no schedule to train with.
+        ValueError: A number out of range, or more sampling steps than the schedule has.
     """
+    config = _baseline_config(options, pipeline, plan)
+    timesteps = pipeline.schedule().num_train_timesteps
+    if config.sampling_steps > timesteps:
+        raise ValueError(
+            f"--num_inference_steps: expected at most the schedule's {timesteps}, got {config.sampling_steps}"
+        )
+    return config
+
+
+def _baseline_config(options: argparse.Namespace, pipeline: PipelineFolder, plan: PromptPlan) -> BaselineConfig:
     labels = {name: value for name, value in plan.labels.items() if name != "negative"}
     given = fields_of(options, BASELINE_FIELDS | SHARED_FIELDS | {"share_frozen_weights": "share_frozen_weights"})
     if options.max_grad_norm is not None:

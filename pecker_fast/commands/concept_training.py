@@ -101,6 +101,7 @@ def _distil(job: Job, tensors: dict[str, Tensor], predict: TextConditional) -> T
         _choose_mask(job, distiller)
         start_masters(distiller.active, tensors)
         start_masters(distiller.fake_score_optimizer.active, original)
+    del original  # a UNet's worth of memory that is not looked at while it trains
     training.run(distiller)
     seconds = training.total_seconds()
     with distiller.averaged():

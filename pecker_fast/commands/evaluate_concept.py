@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> Outcome:
             original=options.original,
             settings=settings,
             on_images=None if pictures is None else pictures.add,
+            scratch=None if folder is None else folder.parent,
         )
         if folder is not None and pictures is not None:
             pictures.write()
@@ -128,6 +129,10 @@ def _text(values: Mapping[str, Any]) -> str:
         lines += [f"{name}: {found['images']} images", *_lines(found)]
         for concept, part in found.get("by_concept", {}).items():
             lines += [f"  {concept}: {part['images']} images", *(f"  {line}" for line in _lines(part))]
+    sides = [side for side in (values["model"], values["original"]) if side is not None]
+    if cut := max(side["cut_prompts"] for side in sides):
+        total = sum(found["images"] for found in values["sets"].values())
+        lines.append(f"{cut} of {total} images are of prompts longer than the tokenizer takes, which lost their end.")
     if values["original"] is None:
         lines.append("No --original: what was there before is unknown, and so is the damage.")
     elif not values["same_sampling"]:

@@ -20,6 +20,7 @@ from pecker_fast.config import DistillConfig
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.mask import BlockMask
 
+STEPS = 500
 _WRITES = ("model/", "delta/", "mask.safetensors", "distill_config.json", "metrics.jsonl")
 
 
@@ -28,6 +29,8 @@ def run(options: argparse.Namespace) -> Outcome:
     if PipelineFolder.is_one(options.pretrained_model_name_or_path) or asks_for_prompts(options):
         return unlearn_concept.run(options)
     check_class_flags(options)
+    if options.max_train_steps is None:
+        options.max_train_steps = STEPS  # in place: config.yaml says what was done
     if options.method in (PECKER, SFD):
         options = argparse.Namespace(**vars(options) | {"method": DISTILL} | _mask_of(options))
     check_method_flags(options)

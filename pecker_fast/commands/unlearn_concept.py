@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from pecker_fast import config_file
 from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.before_after import add_pictures
 from pecker_fast.commands.concept_job import Job
 from pecker_fast.commands.concept_result import write_result
 from pecker_fast.commands.concept_settings import settings_of
@@ -19,11 +20,15 @@ from pecker_fast.commands.together import group_of
 from pecker_fast.concept_flags import check_concept_flags
 from pecker_fast.concepts.pipeline import quiet_libraries
 
+DISTILS_TOO = (
+    "It starts from the diffusion model itself, so that the same steps also have to distil it into one step: look at "
+    "the prompts it is to keep, or start from a generator (--init_generator)."
+)
 _WRITES = ("model/", "delta/", "mask.safetensors", "prompts.json", "metrics.jsonl")
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    """Unlearn by the method that the flags ask for; the output folder appears only when all of it is there."""
+    """Unlearn by the method that the flags ask for; the output folder appears only when all but pictures is there."""
     if group_of(options) is not None:
         raise ValueError("--pretrained_model_name_or_path: a pipeline is trained in one process; leave out torchrun")
     check_concept_flags(options)
@@ -35,13 +40,18 @@ def run(options: argparse.Namespace) -> Outcome:
     with atomic_folder(options.output_dir) as folder:
         tensors, ledger = job.start_weights()
         trained = train(job, tensors)
-        if options.num_validation_images != 0:
-            gc.collect()  # the networks, before pictures are drawn
-        write_result(job, folder, tensors, ledger, trained.tensors, trained.mask)
+        card = write_result(job, folder, tensors, ledger, trained.tensors, trained.mask)
         lines = "".join(json.dumps(dict(step)) + "\n" for step in trained.metrics)
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     values = _values(job, trained)
-    return Outcome(values, _text(job, values))
+    del trained
+    config_file.write(options.output_dir, options.parser, options)  # here too, for runs that are interrupted below
+    pictures = add_pictures(job, card, tensors)
+    warning = None
+    if pictures.failed is not None:
+        warning = f"{job.options.output_dir} is complete, but for pictures: drawing them failed ({pictures.failed})"
+    values |= {"pictures": None if pictures.file is None else str(pictures.file)}
+    return Outcome(values, _text(job, values), warning)
 
 
 def _dry_run(job: Job) -> Outcome:
@@ -59,7 +69,8 @@ def _dry_run(job: Job) -> Outcome:
     from pecker_fast.commands.concept_estimate import estimate  # loads torch's counter, which imports triton
 
     values, text = estimate(job)
-    return Outcome({**planned.values, "estimate": values}, shown={"estimate": text})
+    note = {"note": DISTILS_TOO} if job.distils_too else {}
+    return Outcome({**planned.values, **note, "estimate": values}, shown={"estimate": text})
 
 
 def _values(job: Job, trained: Trained) -> dict[str, Any]:
@@ -86,8 +97,9 @@ def _text(job: Job, values: Mapping[str, Any]) -> str:
         if job.one_step
         else "It is an ordinary UNet of many steps: your scheduler, LoRAs and ControlNets go on working."
     )
+    more = f" {DISTILS_TOO}" if job.distils_too else ""
     return (
         f"Forgot {what} in {values['step']} steps ({values['seconds']:.1f} s), training "
         f"{values['trainable_parameters']:,} of {values['parameters']:,} weights. Written to "
-        f"{values['model']}. {how} Erased is not proven absent: look at it, and attack it, before you rely on it."
+        f"{values['model']}. {how}{more} Erased is not proven absent: look at it, and attack it, before you rely on it."
     )

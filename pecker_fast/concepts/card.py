@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 import pecker_fast
+from pecker_fast.checkpoint import atomic_file
 from pecker_fast.concepts.pipeline import PipelineFolder
 from pecker_fast.errors import FileFormatError
 
@@ -47,7 +48,8 @@ class Card:
         override: What takes their place, if anything does.
         density: Share of the UNet's weights that the mask has.
         settings: Numbers to list.
-        picture: Whether there is ``before_after.png``.
+        picture: What ``before_after.png`` shows; None where there is none.
+        undrawn: Kind of the error with which drawing it failed.
     """
 
     base: PipelineFolder
@@ -58,7 +60,8 @@ class Card:
     override: Sequence[str] | None
     density: float
     settings: Mapping[str, Any]
-    picture: bool
+    picture: str | None = None
+    undrawn: str | None = None
 
     def write(self, folder: Path) -> None:
         """Write ``README.md``.
@@ -67,7 +70,8 @@ class Card:
             FileFormatError: It cannot be written.
         """
         try:
-            (folder / "README.md").write_text(str(self), encoding="utf-8")
+            with atomic_file(folder / "README.md") as unfinished:
+                unfinished.write_text(str(self), encoding="utf-8")
         except OSError as error:
             raise FileFormatError(f"{folder / 'README.md'}: cannot be written ({error.strerror})") from error
 
@@ -77,7 +81,7 @@ class Card:
             f"---\n{yaml.safe_dump(self._front(), sort_keys=False, allow_unicode=True)}---",
             f"# {_base_name(self.base)} without {what}",
             self._made(),
-            *([f"![before and after]({PICTURE})"] if self.picture else []),
+            *self._picture(),
             f"## Use\n\n{self._use()}",
             f"## What was forgotten\n\n{self._forgotten()}",
             f"## Settings\n\n{self._settings()}",
@@ -101,6 +105,11 @@ class Card:
             f"{text}which leaves an ordinary UNet of many steps. {self.density:.1%} of its weights were trained; "
             f"scheduler, LoRAs and ControlNets of the base model go on working."
         )
+
+    def _picture(self) -> list[str]:
+        if self.undrawn is not None:
+            return [f"There are no pictures of before and after: drawing them failed ({self.undrawn})."]
+        return [] if self.picture is None else [f"![before and after]({PICTURE})", self.picture]
 
     def _use(self) -> str:
         how = "num_inference_steps=1, guidance_scale=0" if self.one_step else "num_inference_steps=25"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,14 +42,22 @@ class Drawing:
     dtype: torch.dtype = torch.float32
 
 
-def draw(folder: Path, drawing: Drawing, *, one_step: bool = False) -> list[list[Image]]:
+def draw(
+    folder: Path, drawing: Drawing, *, one_step: bool = False, parts: Mapping[str, Any] | None = None
+) -> list[list[Image]]:
     """Pictures of each prompt, by the folder's own scheduler and VAE, and under its own safety checker if it has one.
+
+    Args:
+        folder: The pipeline.
+        drawing: How.
+        one_step: Whether it draws in one step, without guidance.
+        parts: Components that take the place of the folder's own, by name.
 
     Raises:
         ImportError: diffusers is not installed.
     """
     kind = diffusers_library().StableDiffusionPipeline
-    pipeline = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    pipeline = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts or {})
     pipeline.to(drawing.device, drawing.dtype)
     pipeline.set_progress_bar_config(disable=True)
     how: dict[str, Any] = {"num_inference_steps": drawing.steps, "guidance_scale": drawing.guidance}
@@ -62,8 +70,13 @@ def draw(folder: Path, drawing: Drawing, *, one_step: bool = False) -> list[list
     return rows
 
 
-def grid(prompts: Sequence[str], before: Sequence[Sequence[Image]], after: Sequence[Sequence[Image]]) -> Image:
-    """One picture: a row for each prompt, under its text; before on the left, after on the right."""
+def grid(
+    prompts: Sequence[str],
+    before: Sequence[Sequence[Image]],
+    after: Sequence[Sequence[Image]],
+    titles: tuple[str, str] = ("before", "after"),
+) -> Image:
+    """One picture: a row for each prompt, under its text; before on the left, after on the right, under ``titles``."""
     from PIL import Image, ImageDraw
 
     images = [[_sized(image) for image in (*left, *right)] for left, right in zip(before, after, strict=True)]
@@ -71,8 +84,8 @@ def grid(prompts: Sequence[str], before: Sequence[Sequence[Image]], after: Seque
     half = count * (width + _GAP)
     picture = Image.new("RGB", (2 * half + 4 * _GAP, len(images) * (height + _TEXT + _GAP) + _TEXT), "white")
     pen = ImageDraw.Draw(picture)
-    pen.text((_GAP, 2), "before", fill="black")
-    pen.text((half + 4 * _GAP, 2), "after", fill="black")
+    pen.text((_GAP, 2), titles[0], fill="black")
+    pen.text((half + 4 * _GAP, 2), titles[1], fill="black")
     for row, (prompt, drawn) in enumerate(zip(prompts, images, strict=True)):
         top = _TEXT + row * (height + _TEXT + _GAP)
         pen.text((_GAP, top + 2), _latin(prompt), fill="dimgray")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pecker_fast.checkpoint import StrPath, read_json, read_safetensors
 from pecker_fast.concepts.support import (
+    check_components,
     check_index,
     check_prediction,
-    check_safetensors,
     check_shapes,
     check_unet,
     weights_file,
@@ -30,6 +30,7 @@ from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import PREDICTION_TYPES
 
 INDEX = "model_index.json"
+SETTINGS = Path("scheduler") / "scheduler_config.json"
 _LONGEST = 100_000  # tokens; tokenizers without a limit of their own have 1e30
 MISSING = "pipelines need transformers, which is not installed; run: pip install pecker_fast[diffusers]"
 
@@ -77,9 +78,8 @@ class PipelineFolder:
         unet_config = read_json(path / "unet" / "config.json")
         check_unet(path / "unet" / "config.json", unet_config)
         weights_file(path / "unet")
-        for component in ("text_encoder", "vae"):
-            check_safetensors(path / component)
-        settings = path / "scheduler" / "scheduler_config.json"
+        check_components(path, index)
+        settings = path / SETTINGS
         scheduler_config = read_json(settings)
         return cls(path, index, unet_config, scheduler_config, check_prediction(settings, scheduler_config))
 
@@ -161,10 +161,12 @@ class PipelineFolder:
             FileFormatError: The weights do not fit ``unet/config.json``.
             ImportError: diffusers is not installed.
         """
-        given = self.tensors() if tensors is None else {name: tensor.clone() for name, tensor in tensors.items()}
-        unet = self._fitting({name: tuple(tensor.shape) for name, tensor in given.items()})
-        unet.load_state_dict(given, assign=True)
-        return unet.to(dtype=dtype).eval() if dtype is not None else unet.eval()
+        stored = self.tensors() if tensors is None else tensors
+        unet = self._fitting({name: tuple(tensor.shape) for name, tensor in stored.items()})
+        own = tensors is None
+        # One copy, and in the dtype that is asked for: a clone as stored would be another UNet's worth of memory.
+        unet.load_state_dict({name: tensor.to(dtype, copy=not own) for name, tensor in stored.items()}, assign=True)
+        return unet.eval()
 
     def empty_unet(self) -> nn.Module:
         """The UNet2DConditionModel with weights that nobody has set, on torch's default device.
@@ -201,7 +203,7 @@ class PipelineFolder:
         """
         name = self.index["scheduler"][1]
         kind = getattr(diffusers_library(), name, None)
-        if kind is None:
+        if kind is None or not name.endswith("Scheduler"):
             raise FileFormatError(f"{self.path / INDEX}: this diffusers has no scheduler {name!r}")
         return kind.from_config(self.scheduler_config)
 
@@ -209,9 +211,13 @@ class PipelineFolder:
         """Its table of alphas.
 
         Raises:
-            TypeError, ValueError: The scheduler has none, or one that does not decrease within (0, 1).
+            FileFormatError: The scheduler has none, or one that does not decrease within (0, 1).
+            ImportError: diffusers is not installed.
         """
-        return NoiseSchedule.from_diffusers(self.scheduler(), PREDICTION_TYPES)
+        try:
+            return NoiseSchedule.from_diffusers(self.scheduler(), PREDICTION_TYPES)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{self.path / SETTINGS}: cannot be trained with ({error})") from error
 
     def tokenizer(self) -> Any:
         """The pipeline's own tokenizer.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pecker_fast.concepts.prompts import check_without, normal, unique
 from pecker_fast.concepts.request import Erasure
 
 _PARTS = ("forget", "override", "retain", "negative")
@@ -34,31 +35,39 @@ class PromptPlan:
         """Number the prompts: forgotten ones first, then the rest in the order of first use.
 
         Raises:
-            ValueError: A prompt is empty, is both forgotten and retained, or is an override that is forgotten too.
+            ValueError: A prompt is empty, is both forgotten and retained, or is an override that is forgotten too; a
+                retained or override prompt contains a concept. Upper and lower case are the same, and so are spaces.
         """
-        kept = list(dict.fromkeys(prompt.strip() for prompt in retain))
+        kept = unique(retain)
         if "" in kept:
             raise ValueError("retained prompts: one is empty; the empty prompt cannot be asked for")
         kept = kept or [""]  # something has to be kept where a method looks at none
-        if both := [prompt for prompt in erasure.forget if prompt in kept]:
+        known = {normal(prompt) for prompt in kept}
+        if both := [prompt for prompt in erasure.forget if normal(prompt) in known]:
             raise ValueError(
                 f"prompt {both[0]!r} is to be forgotten and to be retained; leave it out of one of the two"
             )
-        if erasure.override is not None:
-            for target in erasure.override:
-                if target in erasure.forget:
-                    raise ValueError(f"override prompt {target!r} is itself to be forgotten; name another one")
+        check_without("retained", kept, erasure.concepts)
+        gone = {normal(prompt) for prompt in erasure.forget}
+        for target in erasure.override or ():
+            if normal(target) in gone:
+                raise ValueError(f"override prompt {target!r} is itself to be forgotten; name another one")
+        check_without("override", erasure.override or (), erasure.concepts)
         if negative is not None and not negative.strip():
             raise ValueError("the negative prompt is empty; without one the null prompt is in its place")
         rows: dict[str, int] = {}
+        spelled: list[str] = []
 
         def number(text: str) -> int:
-            return rows.setdefault(text, len(rows))
+            if (key := normal(text)) not in rows:
+                rows[key] = len(rows)
+                spelled.append(text)
+            return rows[key]
 
         forget = tuple(map(number, erasure.forget))
         retained = tuple(map(number, kept))
         override = None if erasure.override is None else tuple(map(number, erasure.override))
-        texts = tuple(rows)
+        texts = tuple(spelled)
         if negative is None:
             return cls(texts, forget, override, retained)
         # A row of its own: it often has the words of what is forgotten, and no label may be both.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pecker_fast.errors import FileFormatError
@@ -55,6 +55,39 @@ def fill(templates: Sequence[str], concept: str) -> tuple[str, ...]:
         if "{}" not in template:
             raise ValueError(f"prompt templates: {template!r} has no {{}} for the concept to stand in")
     return tuple(template.replace("{}", concept) for template in templates)
+
+
+def normal(prompt: str) -> str:
+    """What CLIP's tokenizer makes of a prompt before it cuts it up: lower case, single spaces.
+
+    Prompts of one normal form are one prompt: they have the same embedding.
+    """
+    return " ".join(prompt.lower().split())
+
+
+def unique(prompts: Iterable[str]) -> list[str]:
+    """Each prompt once, as it is first spelled."""
+    found: dict[str, str] = {}
+    for prompt in prompts:
+        found.setdefault(normal(prompt), prompt.strip())
+    return list(found.values())
+
+
+def check_without(what: str, prompts: Iterable[str], concepts: Sequence[str]) -> None:
+    """Refuse prompts that contain a concept which is to be erased.
+
+    Args:
+        what: Kind of the prompts, for the message.
+        prompts: The prompts.
+        concepts: The concepts.
+
+    Raises:
+        ValueError: One does; both are named.
+    """
+    for prompt in prompts:
+        for concept in concepts:
+            if contains(prompt, concept):
+                raise ValueError(f"{what} prompt {prompt!r} contains {concept!r}, which is to be erased; take another")
 
 
 def contains(prompt: str, concept: str) -> bool:

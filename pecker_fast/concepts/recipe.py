@@ -8,6 +8,12 @@ from typing import Any
 
 from pecker_fast.config import GuidanceConfig
 
+STEPS: Mapping[str, int] = MappingProxyType({"pecker": 25_000, "sfd": 25_000, "esd": 200, "salun": 200})
+"""Steps by method.
+
+ESD's code takes 200, of one prompt each. SalUn's takes one epoch over 800 images: 100 steps at batch 8, 200 at batch 4.
+The published evaluations of pecker and sfd are after 100 thousand images: 25,000 steps at batch 4.
+"""
 DISTILL: Mapping[str, Any] = MappingProxyType(
     {
         "batch_size": 4,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pecker_fast.checkpoint import read_json, write_json
 from pecker_fast.concepts.plan import PromptPlan
+from pecker_fast.concepts.prompts import check_without, normal, unique
 from pecker_fast.concepts.request import Erasure
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.errors import FileFormatError
@@ -42,12 +43,28 @@ class EarlierErasure:
         delta: What it changed.
         plan: Its prompts.
         one_step: Whether it made a one-step generator.
+        concepts: What was erased, in words.
     """
 
     folder: Path
     delta: Delta
     plan: PromptPlan
     one_step: bool
+    concepts: tuple[str, ...] = ()
+
+    @property
+    def t_init(self) -> int | None:
+        """Timestep at which its one-step generator starts; None of an ordinary UNet.
+
+        Raises:
+            FileFormatError: Its delta does not say.
+        """
+        if not self.one_step:
+            return None
+        t_init = self.delta.metadata.get("t_init")
+        if type(t_init) is not int:
+            raise FileFormatError(f"{self.folder / 'delta'}: does not say its t_init; ask for the erasure again")
+        return t_init
 
     @classmethod
     def read(cls, folder: Path) -> EarlierErasure:
@@ -60,11 +77,12 @@ class EarlierErasure:
         values = read_json(file)
         try:
             plan, one_step = PromptPlan.from_dict(values), bool(values["one_step"])
+            concepts = tuple(str(concept) for concept in values["concepts"])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise FileFormatError(f"{file}: is damaged ({error!r}); ask for the erasure again") from error
         if values.get("delta") != mark_of(delta):
             raise FileFormatError(f"{file}: is of another run than the delta beside it; ask for the erasure again")
-        return cls(folder, delta, plan, one_step)
+        return cls(folder, delta, plan, one_step, concepts)
 
 
 def apply_earlier(earlier: Sequence[EarlierErasure], tensors: dict[str, Tensor], ledger: Ledger, where: Path) -> None:
@@ -84,12 +102,14 @@ def merged(plan: PromptPlan, erasure: Erasure, earlier: Sequence[EarlierErasure]
     """The plan of this erasure, whose true score still knows what was forgotten before: that stays forgotten.
 
     Raises:
-        ValueError: A prompt is forgotten already, is to be retained now, or takes another's place now.
+        ValueError: A prompt is forgotten already, is to be retained now, or takes another's place now; one that is
+            retained or takes another's place contains a concept of any of the erasures.
     """
     own, override = list(erasure.forget), None if erasure.override is None else list(erasure.override)
     for before in earlier:
         gone = before.plan.named(before.plan.forget) or []
-        if again := [prompt for prompt in erasure.forget if prompt in gone]:
+        known = {normal(prompt) for prompt in gone}
+        if again := [prompt for prompt in erasure.forget if normal(prompt) in known]:
             raise ValueError(f"prompt {again[0]!r} is forgotten already by {before.folder}")
         targets = before.plan.named(before.plan.override)
         if (targets is None) != (override is None):
@@ -99,7 +119,9 @@ def merged(plan: PromptPlan, erasure: Erasure, earlier: Sequence[EarlierErasure]
             )
         own += gone
         if override is not None and targets is not None:
+            check_without(f"--earlier {before.folder}: override", targets, erasure.concepts)
             override += targets
-    whole = Erasure(erasure.concepts, tuple(own), None if override is None else tuple(override))
+    concepts = unique([*erasure.concepts, *(concept for before in earlier for concept in before.concepts)])
+    whole = Erasure(tuple(concepts), tuple(own), None if override is None else tuple(override))
     negative = plan.named(plan.negative)
     return PromptPlan.of(whole, retain, negative[0] if negative else None)

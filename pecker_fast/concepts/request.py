@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pecker_fast.concepts.prompts import TEMPLATES, contains, fill, replace_concepts
+from pecker_fast.concepts.prompts import (
+    TEMPLATES,
+    check_without,
+    contains,
+    fill,
+    normal,
+    replace_concepts,
+    unique,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ class Erasure:
         if not concepts and forget is None:
             raise ValueError("nothing to erase: give a concept (--erase_concept) or prompts (--forget_prompts)")
         prompts = [prompt for each in concepts for prompt in fill(templates, each)] if forget is None else list(forget)
-        prompts = list(dict.fromkeys(_stripped("forget", prompts)))
+        prompts = unique(_stripped("forget", prompts))
         for prompt in prompts:
             if concepts and not any(contains(prompt, each) for each in concepts):
                 raise ValueError(f"prompt {prompt!r} is to be forgotten, but does not contain {_either(concepts)}")
@@ -60,6 +68,7 @@ class Erasure:
         if override is None:
             return cls(concepts, tuple(prompts), None)
         given = _stripped("override", override)
+        check_without("override", given, concepts)
         listed = prompts if forget is None else _stripped("forget", forget)
         if len(given) not in (1, len(listed)):
             raise ValueError(
@@ -90,8 +99,9 @@ def _first(forget: Sequence[str], override: Sequence[str]) -> tuple[str, ...]:
     """The override of each forgotten prompt, in order of its first line."""
     found: dict[str, str] = {}
     for prompt, target in zip(forget, override, strict=True):
-        if found.setdefault(prompt, target) != target:
-            raise ValueError(f"prompt {prompt!r} has two overrides: {found[prompt]!r} and {target!r}")
+        first = found.setdefault(normal(prompt), target)
+        if normal(first) != normal(target):
+            raise ValueError(f"prompt {prompt!r} has two overrides: {first!r} and {target!r}")
     return tuple(found.values())
 
 
@@ -99,7 +109,7 @@ def _split(what: str, text: str) -> tuple[str, ...]:
     parts = [part.strip() for part in text.split(";")]
     if not all(parts):
         raise ValueError(f"{what}: expected words, or several concepts separated by ';', got {text!r}")
-    return tuple(dict.fromkeys(parts)) if what.startswith("the concept") else tuple(parts)
+    return tuple(unique(parts)) if what.startswith("the concept") else tuple(parts)
 
 
 def _stripped(what: str, prompts: Sequence[str]) -> list[str]:

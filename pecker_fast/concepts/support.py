@@ -11,6 +11,7 @@ from pecker_fast.score_model import PREDICTION_TYPES
 
 NEEDED = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
 """Components that are read."""
+_WITH_WEIGHTS = ("text_encoder", "vae", "safety_checker")
 _SECOND = ("tokenizer_2", "text_encoder_2", "text_encoder_3", "image_encoder", "transformer", "prior")
 _CONDITIONS = (
     "addition_embed_type",
@@ -120,14 +121,34 @@ def check_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]], expected: Ma
             )
 
 
-def check_safetensors(folder: Path) -> None:
-    """Refuse a component whose weights are pickled.
+def check_components(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline that ``from_pretrained`` could not load whole, such as one with a pickled safety checker.
 
     Raises:
-        FileFormatError: They are, or there are none.
+        FileFormatError: A component's weights are pickled, a variant alone, or missing.
     """
-    if any(folder.glob("*.safetensors")):
+    for component in index:
+        if _class_of(index, component) is None or component == "unet":  # see weights_file
+            continue
+        if component in _WITH_WEIGHTS or any((folder / component).glob("*.bin")):
+            check_safetensors(folder / component)
+
+
+def check_safetensors(folder: Path) -> None:
+    """Refuse a component whose weights ``from_pretrained(..., use_safetensors=True)`` does not find.
+
+    Raises:
+        FileFormatError: They are pickled, a variant alone, or there are none.
+    """
+    names = [
+        f"{stem}.safetensors{more}" for stem in ("model", "diffusion_pytorch_model") for more in ("", ".index.json")
+    ]
+    if any((folder / name).is_file() for name in names):
         return
+    if variants := sorted(path.name for path in folder.glob("*.safetensors")):
+        raise FileFormatError(
+            f"{folder}: has {variants[0]} alone, a variant or an unknown name; expected {names[0]} or {names[2]}"
+        )
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise FileFormatError(
             f"{folder}: has {pickled[0]} alone, a pickle, which is not opened; convert it where you trust it: "
