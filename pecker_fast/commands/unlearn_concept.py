@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> Outcome:
     if pictures.failed is not None:
         warning = f"{job.options.output_dir} is complete, but for pictures: drawing them failed ({pictures.failed})"
     values |= {"pictures": None if pictures.file is None else str(pictures.file)}
-    return Outcome(values, _text(job, values), warning)
+    return Outcome(values, _text(job, values), warning=warning)
 
 
 def _dry_run(job: Job) -> Outcome:
