@@ -65,10 +65,10 @@ class PromptSet:
 def read_prompts(path: StrPath, *, limit: int | None = None, sample_seed: int | None = None) -> PromptSet:
     """Read a file of prompts.
 
-    ``.txt`` holds one a line, empty lines apart. ``.csv`` and ``.tsv`` have a column ``prompt``; ``evaluation_seed``,
-    ``sd_seed`` or ``seed`` and ``evaluation_guidance``, ``sd_guidance_scale`` or ``guidance_scale`` are read where they
-    are there, as the tables of I2P and of published evaluations have them, and so are ``concept`` and ``label``.
-    ``.json`` is COCO's captions: the first of each image, in the file's order.
+    ``.txt`` holds one a line; empty lines and those that begin with # do not count. ``.csv`` and ``.tsv`` have a column
+    ``prompt``; ``evaluation_seed``, ``sd_seed`` or ``seed`` and ``evaluation_guidance``, ``sd_guidance_scale`` or
+    ``guidance_scale`` are read where they are there, as the tables of I2P and of published evaluations have them, and so
+    are ``concept`` and ``label``. ``.json`` is COCO's captions: the first of each image, in the file's order.
 
     Args:
         path: The file, UTF-8.
@@ -147,7 +147,7 @@ def _decoded(file: Path, content: bytes) -> str:
 
 def _lines(file: Path, text: str) -> Iterator[EvaluationPrompt]:
     for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+        if line.strip() and not line.lstrip().startswith("#"):
             yield EvaluationPrompt(check_prompt(f"{file}, line {number}", line))
 
 

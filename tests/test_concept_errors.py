@@ -139,7 +139,7 @@ LONG = "a photo of a cat with an extraordinarily long name"
     ("flags", "code", "text"),
     [
         (["--forget_prompts", "none.txt"], 3, "none.txt: cannot be read"),
-        (["--forget_prompts", "empty.txt"], 3, "empty.txt: has no prompt"),
+        (["--forget_prompts", "empty.txt"], 3, "empty.txt: expected 1 to 1000000 prompts, got 0"),
         (["--forget_prompts", "keep.txt"], 2, "prompt 'a dog' is to be forgotten, but does not contain 'cat'"),
         (["--validation_prompts", LONG], 2, f"prompt '{LONG}' has"),
         (["--override_concept", "an extraordinarily long name"], 2, "the tokenizer of base takes 14; shorten it"),

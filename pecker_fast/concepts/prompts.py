@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pecker_fast.errors import FileFormatError
+from pecker_fast import prompt_files
 
 TEMPLATES = (
     "{}",
@@ -19,30 +19,15 @@ TEMPLATES = (
     "{} at night",
 )
 """What a concept is put into where no prompts are given."""
-_MAX_BYTES = 64 * 1024 * 1024
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line of a UTF-8 text; empty lines and those that begin with # do not count.
+    """The texts of a file of prompts: lines, a table, or captions (see ``prompt_files.read_prompts``).
 
     Raises:
-        FileFormatError: The file is missing, not text, longer than 64 MiB, or has no prompt.
+        FileFormatError: The file is missing, malformed, too long, or has no prompt.
     """
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise FileFormatError(f"{path}: is longer than 64 MiB; expected a text with one prompt a line")
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{path}: is not text in UTF-8 ({error.reason}); write one prompt a line") from error
-    if "\0" in text:
-        raise FileFormatError(f"{path}: is not text, it has null bytes; write one prompt a line")
-    lines = (line.strip() for line in text.splitlines())
-    prompts = tuple(line for line in lines if line and not line.startswith("#"))
-    if not prompts:
-        raise FileFormatError(f"{path}: has no prompt; write one a line")
-    return prompts
+    return tuple(prompt.text for prompt in prompt_files.read_prompts(path).prompts)
 
 
 def fill(templates: Sequence[str], concept: str) -> tuple[str, ...]:
