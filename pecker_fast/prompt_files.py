@@ -67,8 +67,8 @@ def read_prompts(path: StrPath, *, limit: int | None = None, sample_seed: int | 
 
     ``.txt`` holds one a line; empty lines and those that begin with # do not count. ``.csv`` and ``.tsv`` have a column
     ``prompt``; ``evaluation_seed``, ``sd_seed`` or ``seed`` and ``evaluation_guidance``, ``sd_guidance_scale`` or
-    ``guidance_scale`` are read where they are there, as the tables of I2P and of published evaluations have them, and so
-    are ``concept`` and ``label``. ``.json`` is COCO's captions: the first of each image, in the file's order.
+    ``guidance_scale`` are read where they are there, as the tables of I2P and of published evaluations have them, and
+    so are ``concept`` and ``label``. ``.json`` is COCO's captions: the first of each image, in the file's order.
 
     Args:
         path: The file, UTF-8.
