@@ -12,6 +12,7 @@ from pipelines import write_pipeline
 from pecker_fast import BlockMask
 from pecker_fast.checkpoint import read_safetensors, write_safetensors
 from pecker_fast.cli import main
+from pecker_fast.commands import concept_estimate
 from pecker_fast.concepts import PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
 from pecker_fast.models.one_step_scheduler import one_step_scheduler
@@ -38,6 +39,7 @@ def here(original, tmp_path, monkeypatch):
 
     for name in ("tensors", "unet"):
         monkeypatch.setattr(PipelineFolder, name, loaded)
+    monkeypatch.setattr(concept_estimate, "estimate", lambda job: ({}, ""))  # which takes seconds
     return tmp_path
 
 
