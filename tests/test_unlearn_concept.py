@@ -27,6 +27,7 @@ from pecker_fast.delta import Delta, Ledger
 from pecker_fast.parser import build_parser
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.score_model import TextConditional
+from pecker_fast.time_estimate import TimeEstimate
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "concepts.md"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -380,12 +381,14 @@ def test_a_sketch_has_all_but_the_weights(flags, monkeypatch):
     assert {weight.dtype for weight in trainer.true_score.parameters()} == {torch.bfloat16}
 
 
-def test_what_a_dry_run_foretells():
+def test_what_a_dry_run_foretells(monkeypatch):
+    timed = TimeEstimate(steps=2, step_seconds=3.0, setup_seconds=1.0, flops_per_second=1e9, by="network")
+    monkeypatch.setattr(concept_estimate, "estimate_seconds", lambda trainer, steps, by: timed)
     source = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "out", *FLAGS, *PECKER, "--mask", "random")
     job = Job.read(build_parser().parse_args(["unlearn", *source, "--device", "cpu", "--guidance_scale", "1"]))
     values, text = ESTIMATE(job)
     memory, parts = values["memory_bytes"], values["memory_bytes"]["parts"]
     assert memory["peak"] == memory["step"] > memory["held"] > 3 * 0.9 * 4 * 203204
     assert parts["active_weights"] == parts["gradients"] <= 4 * 2 * job.active_at_most < 1.1 * parts["active_weights"]
-    assert values["seconds"] > values["step_seconds"] > 0
+    assert (values["seconds"], values["step_seconds"]) == (7.0, 3.0)
     assert "estimated memory on cpu" in text and "estimated time" in text

@@ -75,10 +75,14 @@ def draw(generator: torch.Generator, n: int, scale: float, special: bool, dtype=
 
 
 def assert_like_truth(got: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor) -> None:
-    """NaN and infinity where plain torch has them, and finite values within the budget."""
+    """NaN and infinity where plain torch has them, and finite values within the budget.
+
+    Where sums of plain torch overflow on the way, so that infinities of both signs meet, the truth will do as well.
+    """
     got, truth, plain = got.flatten(), truth.flatten(), plain.flatten()
     odd = ~plain.isfinite()
-    assert torch.equal(got[odd].double().nan_to_num(7.0), plain[odd].double().nan_to_num(7.0))
+    same = [got[odd].nan_to_num(7.0) == other[odd].to(got.dtype).nan_to_num(7.0) for other in (plain, truth)]
+    assert bool((same[0] | same[1]).all())
     fine = ~odd & truth.isfinite()
     assert_within_budget(got[fine], truth[fine], plain[fine])
 
