@@ -86,16 +86,9 @@ class TextConditional:
         own = x_t.to(_dtype(network))
         output = network(own, t, encoder_hidden_states=self.embeddings[labels].to(own.dtype)).sample
         output = _checked(network, x_t, output)
-        return (
-            output
-            if self.schedule is None or self.prediction_type == "epsilon"
-            else _noise(self.schedule, output, x_t, t)
-        )
-
-
-def _noise(schedule: NoiseSchedule, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """``a v + b x_t``."""
-    return schedule.alpha(t, x_t) * velocity + schedule.std(t, x_t) * x_t
+        if self.schedule is None or self.prediction_type == "epsilon":
+            return output
+        return self.schedule.add_noise(output, x_t, t)  # a v + b x_t
 
 
 def _plain(model: nn.Module, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
