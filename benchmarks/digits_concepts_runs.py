@@ -30,7 +30,7 @@ SFD: dict[str, Any] = {
     "guidance_scale": (1.0, 1.0, 2.0),
     "prompt_dropout": 0.0,
 }
-PECKER = {**SFD, **SPARSE, "method": "pecker", "fake_score_mask": "dense"}
+PECKER = {**SFD, **SPARSE, "method": "pecker"}
 ESD: dict[str, Any] = {
     **SPARSE,
     "method": "esd",
@@ -52,11 +52,13 @@ SALUN: dict[str, Any] = {
     "num_inference_steps": 20,
 }
 RANDOM = {"mask": "random"}
+DENSE_FAKE_SCORE = {"fake_score_mask": "dense"}
 SHORT = {"max_train_steps": 1, "train_batch_size": 4, "forget_batch_size": 2}
 RUNS: dict[str, dict[str, Any]] = {
     "pecker": PECKER,
     "esd": ESD,
     "salun": SALUN,
+    "pecker, dense fake score": PECKER | DENSE_FAKE_SCORE,
     "pecker, random mask": PECKER | RANDOM,
     "esd, random mask": ESD | RANDOM,
     "salun, random mask": SALUN | RANDOM,
