@@ -1,4 +1,4 @@
-"""Images of prompts from a Stable Diffusion folder: what it is, how it is sampled, and one noise a prompt and seed."""
+"""Images of prompts from a pipeline's folder: what it is, how it is sampled, and one noise a prompt and seed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from pecker_fast.checkpoint import StrPath, read_json
 from pecker_fast.detectors import Pixels, sha256_of
 from pecker_fast.errors import FileFormatError, NonFiniteError
+from pecker_fast.models.pipeline_families import FAMILIES, PipelineFamily, image_size
 from pecker_fast.prompt_files import EvaluationPrompt
 
 INDEX = "model_index.json"
 STEPS, GUIDANCE_SCALE = 50, 7.5
 """What Stable Diffusion is drawn with where nothing else is said."""
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_STEM, _STEM_OF_TEXT_ENCODER = "diffusion_pytorch_model", "model"
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,21 @@ class PipelineFolder:
 
     Attributes:
         folder: Where it is.
+        family: Which kind it is.
         image_size: Height and width of what it draws.
         scheduler: Its scheduler's configuration, as stored.
         one_step: Whether the scheduler is that of a one-step generator.
     """
 
     folder: Path
+    family: PipelineFamily
     image_size: tuple[int, int]
     scheduler: Mapping[str, Any]
     one_step: bool
 
     def describe(self) -> dict[str, Any]:
         """What its images depend on but for its scheduler, as plain JSON values; reads the UNet's weights once."""
-        stem = _WEIGHTS["unet"]
-        files = sorted((self.folder / "unet").glob(f"{stem}*.safetensors"))
+        files = sorted((self.folder / "unet").glob(f"{_STEM}*.safetensors"))
         return {
             "folder": str(self.folder),
             "unet_sha256": {file.name: sha256_of(file) for file in files},
@@ -86,12 +88,15 @@ def check_pipeline(folder: StrPath) -> PipelineFolder:
     """
     root = Path(folder)
     kind = read_json(root / INDEX).get("_class_name")
-    if kind != "StableDiffusionPipeline":
-        raise FileFormatError(f"{root}: expected a StableDiffusionPipeline, got {kind!r}; others are not drawn here")
-    for part, stem in _WEIGHTS.items():
-        _check_weights(root / part, stem)
+    known = {family.pipeline: family for family in FAMILIES}
+    if kind not in known:
+        raise FileFormatError(f"{root}: expected a {' or '.join(known)}, got {kind!r}; others are not drawn here")
+    for part in ("unet", "vae"):
+        _check_weights(root / part, _STEM)
+    for part in known[kind].text_encoders:
+        _check_weights(root / part, _STEM_OF_TEXT_ENCODER)
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
-    return PipelineFolder(root, _image_size(root), scheduler, _is_one_step(scheduler))
+    return PipelineFolder(root, known[kind], image_size(root), scheduler, _is_one_step(scheduler))
 
 
 def sampling_of(
@@ -115,7 +120,7 @@ def sampling_of(
 
 
 def load_pipeline(pipeline: PipelineFolder, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """Load it with diffusers, from its folder alone, without its safety checker.
+    """Load it with diffusers, from its folder alone, without its safety checker or watermarks.
 
     Raises:
         FileFormatError: It cannot be loaded.
@@ -124,12 +129,8 @@ def load_pipeline(pipeline: PipelineFolder, device: torch.device | str, dtype: t
     diffusers, _ = _libraries()
     with quiet_libraries():
         try:
-            loaded = diffusers.StableDiffusionPipeline.from_pretrained(
-                pipeline.folder,
-                local_files_only=True,
-                use_safetensors=True,
-                safety_checker=None,
-                requires_safety_checker=False,
+            loaded = getattr(diffusers, pipeline.family.pipeline).from_pretrained(
+                pipeline.folder, local_files_only=True, use_safetensors=True, **pipeline.family.plain
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise FileFormatError(f"{pipeline.folder}: cannot be loaded: {error}") from error
@@ -223,16 +224,6 @@ def _check_weights(folder: Path, stem: str) -> None:
                 stored.keys()
         except (OSError, SafetensorError) as error:
             raise FileFormatError(f"{file}: damaged: {error}") from error
-
-
-def _image_size(root: Path) -> tuple[int, int]:
-    size = read_json(root / "unet" / "config.json").get("sample_size")
-    blocks = read_json(root / "vae" / "config.json").get("block_out_channels")
-    sides = [size, size] if isinstance(size, int) else size
-    if not isinstance(sides, list) or len(sides) != 2 or not isinstance(blocks, list) or not blocks:
-        raise FileFormatError(f"{root}: expected sample_size of the UNet and block_out_channels of the VAE")
-    factor = 1 << (len(blocks) - 1)
-    return int(sides[0]) * factor, int(sides[1]) * factor
 
 
 def _is_one_step(scheduler: Mapping[str, Any]) -> bool:

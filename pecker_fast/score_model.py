@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -61,14 +61,18 @@ class TextConditional:
         embeddings: (rows, tokens, width) of a text encoder, on the networks' device.
         prediction_type: Of ``PREDICTION_TYPES``: what the network predicts, as its scheduler's config says.
         schedule: The noise schedule; only a velocity needs it.
+        added: More tables by name, (rows, ...) each, whose rows go to the network as ``added_cond_kwargs``: those of
+            Stable Diffusion XL are ``text_embeds`` and ``time_ids``.
 
     Raises:
-        ValueError: Embeddings of another shape or of integers, another prediction type, or a velocity without schedule.
+        ValueError: Embeddings of another shape or of integers, a table of another length, another prediction type, or
+            a velocity without schedule.
     """
 
     embeddings: Tensor
     prediction_type: str = "epsilon"
     schedule: NoiseSchedule | None = None
+    added: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check it once, so that no step has to."""
@@ -77,6 +81,12 @@ class TextConditional:
                 f"TextConditional: expected embeddings (rows, tokens, width) of a float dtype, got "
                 f"{self.embeddings.dtype} {tuple(self.embeddings.shape)}"
             )
+        for name, table in self.added.items():
+            if len(table) != len(self.embeddings):
+                raise ValueError(
+                    f"TextConditional: added[{name!r}]: expected {len(self.embeddings)} rows, as the embeddings have, "
+                    f"got {len(table)}"
+                )
         one_of("TextConditional.prediction_type", self.prediction_type, PREDICTION_TYPES)
         if self.prediction_type == "v_prediction" and self.schedule is None:
             raise ValueError("TextConditional: a velocity is turned into noise by the schedule; give schedule= too")
@@ -84,11 +94,16 @@ class TextConditional:
     def __call__(self, network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Noise in ``x_t`` (batch, ...) at timesteps ``t`` (batch,) for prompts ``labels`` (batch,), in its dtype."""
         own = x_t.to(_dtype(network))
-        output = network(own, t, encoder_hidden_states=self.embeddings[labels].to(own.dtype)).sample
-        output = _checked(network, x_t, output)
+        prompts = self.embeddings[labels].to(own.dtype)
+        output = _checked(network, x_t, network(own, t, encoder_hidden_states=prompts, **self._more(labels)).sample)
         if self.schedule is None or self.prediction_type == "epsilon":
             return output
         return self.schedule.add_noise(output, x_t, t)  # a v + b x_t
+
+    def _more(self, labels: Tensor) -> dict[str, Any]:
+        if not self.added:
+            return {}
+        return {"added_cond_kwargs": {name: table[labels] for name, table in self.added.items()}}
 
 
 def _plain(model: nn.Module, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:

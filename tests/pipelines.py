@@ -1,14 +1,31 @@
-"""A small stock pipeline in the shape of Stable Diffusion, with random weights, written without a network."""
+"""Small stock pipelines in the shape of Stable Diffusion and its XL, with random weights, written without a network."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 MAX_TOKENS = 16
 WORDS = ("of", "cat", "dog", "photo", "bird", "the", "three", "red")
@@ -31,13 +48,7 @@ def write_pipeline(folder: str | Path, prediction_type: str = "epsilon", safety_
         }
     tokenizer = _tokenizer(folder / "words")
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
+        **_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
     )
     size = {"shortest_edge": 16}, {"height": 16, "width": 16}
     extractor = CLIPImageProcessor(size=size[0], crop_size=size[1]) if safety_checker else None
@@ -48,10 +59,44 @@ def write_pipeline(folder: str | Path, prediction_type: str = "epsilon", safety_
         feature_extractor=extractor,
         requires_safety_checker=safety_checker,
     )
+    return _saved(pipeline, folder)
+
+
+def write_xl_pipeline(folder: str | Path, force_zeros_for_empty_prompt: bool = True) -> Path:
+    """A StableDiffusionXLPipeline folder: sizes as above, but prompts of width 32 + 24, and 20 for a whole one.
+
+    Its second tokenizer pads with another token than the first, as the published one does.
+    """
+    folder = Path(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = {
+            "vae": _vae(),
+            "text_encoder": _text_encoder(),
+            "text_encoder_2": CLIPTextModelWithProjection(_text_config(hidden_size=24, projection_dim=20)).eval(),
+            "unet": _unet(
+                cross_attention_dim=32 + 24,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=20 + 6 * 8,
+            ),
+        }
+    pipeline = StableDiffusionXLPipeline(
+        **parts,
+        tokenizer=_tokenizer(folder / "words"),
+        tokenizer_2=_tokenizer(folder / "words", pad_token="!"),
+        scheduler=EulerDiscreteScheduler(**_BETAS, steps_offset=1),
+        force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+    )
+    return _saved(pipeline, folder)
+
+
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def _saved(pipeline: DiffusionPipeline, folder: Path) -> Path:
     pipeline.save_pretrained(folder)
-    for file in (folder / "words").iterdir():
-        file.unlink()
-    (folder / "words").rmdir()
+    shutil.rmtree(folder / "words")
     return folder
 
 
@@ -71,11 +116,11 @@ def _vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
     return {token: number for number, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def _tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     merges = _merges()
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "pad_token": "<|endoftext|>"}
-    folder.mkdir(parents=True)
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "pad_token": pad_token}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(_vocabulary(merges)), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config | special), encoding="utf-8")
@@ -83,20 +128,20 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def _text_encoder() -> CLIPTextModel:
+    return CLIPTextModel(_text_config()).eval()
+
+
+def _text_config(**changes: int) -> CLIPTextConfig:
     vocabulary = len(_vocabulary(_merges()))
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=vocabulary - 1,
-        )
-    ).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return CLIPTextConfig(
+        **sizes | changes,
+        vocab_size=vocabulary,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
 
 
 def _vae() -> AutoencoderKL:
@@ -110,16 +155,17 @@ def _vae() -> AutoencoderKL:
     ).eval()
 
 
-def _unet() -> UNet2DConditionModel:
+def _unet(cross_attention_dim: int = 32, **more: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
+        cross_attention_dim=cross_attention_dim,
         attention_head_dim=4,
         norm_num_groups=8,
+        **more,
     ).eval()
 
 

@@ -65,9 +65,11 @@ def change(file, **values):
     ("file", "values", "text"),
     [
         ("model_index.json", {"unet": ["diffusers", "UNet2DModel"]}, "its unet is a UNet2DModel; expected"),
-        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has text_encoder_2; supported"),
+        ("model_index.json", {"text_encoder_3": ["transformers", "T5EncoderModel"]}, "has text_encoder_3; supported"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has no tokenizer_2 in model_in"),
+        ("model_index.json", {"requires_aesthetics_score": True}, "is a refiner, which takes an image"),
         ("model_index.json", {"vae": [None, None]}, "has no vae in model_index.json"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time'"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "Stable Diffusion has None"),
         ("unet/config.json", {"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type is 'text_proj'"),
         ("unet/config.json", {"num_class_embeds": 1000}, "num_class_embeds is 1000"),
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels and gives 4: it is for inpainting"),

@@ -26,7 +26,6 @@ from pecker_fast.concepts import PipelineFolder, embed_prompts, recipe, replaced
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.parser import build_parser
 from pecker_fast.sampling import one_step_sample
-from pecker_fast.score_model import TextConditional
 from pecker_fast.time_estimate import TimeEstimate
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "concepts.md"
@@ -134,7 +133,7 @@ def test_the_documented_python_runs_and_stock_diffusers_draws_what_we_draw(here)
     assert_no_bits_were_lost(before, replaced(names["distiller"].fake_score_optimizer.active, before))
 
     folder = PipelineFolder.read(here / "v_prediction")
-    predict = TextConditional(embed_prompts(folder, ["a cat"]), folder.prediction_type, folder.schedule())
+    predict = embed_prompts(folder, ["a cat"])
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     ours, label = functools.partial(predict, folder.unet(after)), torch.zeros(1, dtype=torch.int64)
     with torch.no_grad():

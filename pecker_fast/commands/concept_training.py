@@ -15,7 +15,7 @@ from pecker_fast.commands.concept_job import Job
 from pecker_fast.commands.concept_settings import latents_per_prompt, one_guidance
 from pecker_fast.commands.requests import own_samples
 from pecker_fast.commands.resuming import Training
-from pecker_fast.concepts.embedding import embed_prompts
+from pecker_fast.concepts.embedding import embed_prompts, unset_prompts
 from pecker_fast.concepts.latents import own_latents
 from pecker_fast.concepts.masters import replaced, start_masters
 from pecker_fast.config import DistillConfig
@@ -52,8 +52,7 @@ def train(job: Job, tensors: dict[str, Tensor]) -> Trained:
     Raises:
         NonFiniteError: A loss is NaN or infinite.
     """
-    table = embed_prompts(job.base, job.plan.rows, device=job.device, progress=not job.options.quiet)
-    predict = TextConditional(table, job.base.prediction_type, job.base.schedule())
+    predict = embed_prompts(job.base, job.plan.rows, device=job.device, progress=not job.options.quiet)
     return (_distil if job.one_step else _baseline)(job, tensors, predict)
 
 
@@ -66,9 +65,7 @@ def sketch(job: Job) -> MaskedDistiller | Baseline:
     with torch.device("meta"):
         unet = job.base.empty_unet().to(job.dtype)
     job.prepare(unet.to_empty(device=job.device).eval())
-    width, tokens = job.base.unet_config["cross_attention_dim"], job.base.tokenizer().model_max_length
-    table = torch.zeros(len(job.plan.rows), tokens, width, device=job.device)
-    predict, schedule = TextConditional(table, job.base.prediction_type, job.base.schedule()), job.base.schedule()
+    predict, schedule = unset_prompts(job.base, len(job.plan.rows), device=job.device), job.base.schedule()
     config = job.config
     mask = job.mask or _stand_in(config.mask, unet)
     if isinstance(config, DistillConfig):

@@ -23,9 +23,9 @@ _METHODS = {
     "salun": "SalUn (arXiv 2310.12508)",
 }
 _SAMPLE = """```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {kind}
 
-pipeline = StableDiffusionPipeline.from_pretrained("{name}")
+pipeline = {kind}.from_pretrained("{name}")
 image = pipeline("a lake in the mountains", {how}).images[0]
 ```"""
 _LIMITS = """- Erased is not proven absent. Other words, other languages, embeddings that were optimised for it or a few
@@ -91,7 +91,7 @@ class Card:
 
     def _front(self) -> dict[str, Any]:
         front = {"base_model": _base_name(self.base), "library_name": "diffusers", "pipeline_tag": "text-to-image"}
-        tags = ["text-to-image", "stable-diffusion", "machine-unlearning", "pecker_fast", self.method]
+        tags = ["text-to-image", self.base.family.tag, "machine-unlearning", "pecker_fast", self.method]
         license = base_front(self.base.path).get("license")
         return {**front, **({"license": license} if isinstance(license, str) else {}), "tags": tags}
 
@@ -113,7 +113,7 @@ class Card:
 
     def _use(self) -> str:
         how = "num_inference_steps=1, guidance_scale=0" if self.one_step else "num_inference_steps=25"
-        text = _SAMPLE.format(name="path/to/this/folder", how=how)
+        text = _SAMPLE.format(kind=self.base.family.pipeline, name="path/to/this/folder", how=how)
         return f"{text}\n\nThe scheduler in this folder takes that one step; others do not." if self.one_step else text
 
     def _forgotten(self) -> str:

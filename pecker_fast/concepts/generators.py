@@ -21,10 +21,10 @@ _SAME_BETA = 1e-6  # schedulers hold their tables in float32
 def check_generator(generator: PipelineFolder, base: PipelineFolder) -> None:
     """Refuse a generator that was not made of this pipeline, as far as files tell.
 
-    Of the weights those of the text encoder are compared alone: a UNet that trained is to differ.
+    Of the weights those of text encoders are compared alone: a UNet that trained is to differ.
 
     Raises:
-        FileFormatError: Shapes of the UNet's weights, what it predicts, the betas, or the text encoder differ.
+        FileFormatError: Shapes of the UNet's weights, what it predicts, the betas, or a text encoder differ.
         ImportError: diffusers is not installed.
     """
     if generator.shapes != base.shapes:
@@ -37,7 +37,8 @@ def check_generator(generator: PipelineFolder, base: PipelineFolder) -> None:
             f"{base.prediction_type!r}"
         )
     _check_schedule(generator, base)
-    _check_text_encoder(generator, base)
+    for component in base.family.text_encoders:
+        _check_text_encoder(generator, base, component)
 
 
 def _check_schedule(generator: PipelineFolder, base: PipelineFolder) -> None:
@@ -51,21 +52,21 @@ def _check_schedule(generator: PipelineFolder, base: PipelineFolder) -> None:
             )
 
 
-def _check_text_encoder(generator: PipelineFolder, base: PipelineFolder) -> None:
-    own, expected = (_files(folder.path / "text_encoder") for folder in (generator, base))
+def _check_text_encoder(generator: PipelineFolder, base: PipelineFolder, component: str) -> None:
+    own, expected = (_files(folder.path / component) for folder in (generator, base))
     if len(own) == len(expected) and all(filecmp.cmp(*pair, shallow=False) for pair in zip(own, expected, strict=True)):
         return
     mine, theirs = _names(own), _names(expected)
     if other := sorted(mine.keys() ^ theirs.keys()):
-        raise FileFormatError(_another(generator, base, other[0]))
+        raise FileFormatError(_another(generator.path / component, base, other[0]))
     for name in mine:
         if not _same(_tensor(mine[name], name), _tensor(theirs[name], name)):
-            raise FileFormatError(_another(generator, base, name))
+            raise FileFormatError(_another(generator.path / component, base, name))
 
 
-def _another(generator: PipelineFolder, base: PipelineFolder, name: str) -> str:
+def _another(encoder: Path, base: PipelineFolder, name: str) -> str:
     return (
-        f"{generator.path / 'text_encoder'}: {name} is not that of {base.path}; prompts are embedded by that one, and "
+        f"{encoder}: {name} is not that of {base.path}; prompts are embedded by that one, and "
         f"the generator must know them so: take one that was made of this model"
     )
 

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pecker_fast.checkpoint import read_json
+from pecker_fast.concepts.pipeline import INDEX
 from pecker_fast.models.one_step_scheduler import diffusers_library
+from pecker_fast.models.pipeline_families import family_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +59,7 @@ def draw(
     Raises:
         ImportError: diffusers is not installed.
     """
-    kind = diffusers_library().StableDiffusionPipeline
+    kind = getattr(diffusers_library(), family_of(read_json(folder / INDEX)).pipeline)
     pipeline = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **parts or {})
     pipeline.to(drawing.device, drawing.dtype)
     pipeline.set_progress_bar_config(disable=True)

@@ -25,6 +25,7 @@ from pecker_fast.concepts.support import (
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.one_step_scheduler import diffusers_library
+from pecker_fast.models.pipeline_families import PipelineFamily, image_size
 from pecker_fast.regions import Region, in_region
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import PREDICTION_TYPES
@@ -37,10 +38,11 @@ MISSING = "pipelines need transformers, which is not installed; run: pip install
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A text-to-image pipeline on the disk: one text encoder and one UNet2DConditionModel.
+    """A text-to-image pipeline on the disk: text encoders and one UNet2DConditionModel.
 
     Attributes:
         path: The folder.
+        family: Which kind it is.
         index: ``model_index.json``.
         unet_config: ``unet/config.json``.
         scheduler_config: ``scheduler/scheduler_config.json``.
@@ -48,6 +50,7 @@ class PipelineFolder:
     """
 
     path: Path
+    family: PipelineFamily
     index: dict[str, Any]
     unet_config: dict[str, Any]
     scheduler_config: dict[str, Any]
@@ -74,14 +77,15 @@ class PipelineFolder:
                 f"class-conditional model forgets classes: --forget_class)"
             )
         index = read_json(path / INDEX)
-        check_index(path, index)
+        family = check_index(path, index)
         unet_config = read_json(path / "unet" / "config.json")
-        check_unet(path / "unet" / "config.json", unet_config)
+        check_unet(path / "unet" / "config.json", unet_config, family)
         weights_file(path / "unet")
         check_components(path, index)
         settings = path / SETTINGS
         scheduler_config = read_json(settings)
-        return cls(path, index, unet_config, scheduler_config, check_prediction(settings, scheduler_config))
+        prediction_type = check_prediction(settings, scheduler_config)
+        return cls(path, family, index, unet_config, scheduler_config, prediction_type)
 
     @property
     def t_init(self) -> int | None:
@@ -96,6 +100,15 @@ class PipelineFolder:
         size = self.unet_config["sample_size"]
         height, width = size if isinstance(size, list) else (size, size)
         return int(self.unet_config.get("in_channels", 4)), height, width
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of images in pixels.
+
+        Raises:
+            FileFormatError: The VAE's settings do not say it.
+        """
+        return image_size(self.path)
 
     @property
     def components(self) -> set[str]:
@@ -219,8 +232,8 @@ class PipelineFolder:
         except (NotImplementedError, TypeError, ValueError) as error:
             raise FileFormatError(f"{self.path / SETTINGS}: cannot be trained with ({error})") from error
 
-    def tokenizer(self) -> Any:
-        """The pipeline's own tokenizer.
+    def tokenizer(self, component: str = "tokenizer") -> Any:
+        """The pipeline's own tokenizer, or one of several.
 
         Raises:
             FileFormatError: It cannot be read.
@@ -230,27 +243,31 @@ class PipelineFolder:
             import transformers
         except ImportError as error:
             raise ImportError(MISSING) from error
-        name = self.index["tokenizer"][1]
+        name = self.index[component][1]
         kind = getattr(transformers, name, None)
         if kind is None or "Tokenizer" not in name:
             raise FileFormatError(f"{self.path / INDEX}: this transformers has no tokenizer {name!r}")
         try:
-            return kind.from_pretrained(self.path / "tokenizer", local_files_only=True)
+            return kind.from_pretrained(self.path / component, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise FileFormatError(f"{self.path / 'tokenizer'}: cannot be read ({error})") from error
+            raise FileFormatError(f"{self.path / component}: cannot be read ({error})") from error
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that the tokenizer would cut.
+        """Refuse prompts that a tokenizer would cut.
 
         Raises:
-            FileFormatError: The tokenizer cannot be read.
+            FileFormatError: A tokenizer cannot be read.
             ValueError: A prompt is too long; it is named, with its tokens and the limit.
         """
-        tokenizer = self.tokenizer()
+        for component in self.family.tokenizers:
+            self._check_prompts(prompts, component)
+
+    def _check_prompts(self, prompts: Sequence[str], component: str) -> None:
+        tokenizer = self.tokenizer(component)
         limit, special = tokenizer.model_max_length, len(tokenizer("").input_ids)
         if limit > _LONGEST:
             raise FileFormatError(
-                f"{self.path / 'tokenizer'}: has no model_max_length, so that nothing says how long a prompt may be; "
+                f"{self.path / component}: has no model_max_length, so that nothing says how long a prompt may be; "
                 f"set it in tokenizer_config.json, for Stable Diffusion to 77"
             )
         for prompt in prompts:

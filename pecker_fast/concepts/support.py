@@ -7,48 +7,53 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.models.pipeline_families import PipelineFamily, class_of, family_of
 from pecker_fast.score_model import PREDICTION_TYPES
 
-NEEDED = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
-"""Components that are read."""
-_WITH_WEIGHTS = ("text_encoder", "vae", "safety_checker")
-_SECOND = ("tokenizer_2", "text_encoder_2", "text_encoder_3", "image_encoder", "transformer", "prior")
+_WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "vae", "safety_checker")
+_OTHERS = ("text_encoder_3", "image_encoder", "transformer", "prior")
+_TIME_IDS = 6
+"""Numbers that Stable Diffusion XL is told of an image: its size, where it was cropped, the size that is asked for."""
 _CONDITIONS = (
-    "addition_embed_type",
     "class_embed_type",
     "num_class_embeds",
     "encoder_hid_dim",
     "encoder_hid_dim_type",
     "time_cond_proj_dim",
-    "projection_class_embeddings_input_dim",
 )
 """Settings of a UNet that takes more than (x_t, t, prompt)."""
 
 
-def check_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Refuse pipelines with other components than Stable Diffusion 1.x and 2.x have.
+def check_index(folder: Path, index: Mapping[str, Any]) -> PipelineFamily:
+    """Refuse pipelines with other components than Stable Diffusion 1.x, 2.x or XL has.
+
+    Returns:
+        What kind it is.
 
     Raises:
         FileFormatError: One is missing, or there is one that we would not ask.
     """
-    name = index.get("_class_name", "a pipeline without a name")
-    for component in _SECOND:
-        if _class_of(index, component) is not None:
+    name, family = index.get("_class_name", "a pipeline without a name"), family_of(index)
+    for component in _OTHERS:
+        if class_of(index, component) is not None:
             raise FileFormatError(
-                f"{folder}: {name} has {component}; supported are pipelines with one text encoder and a "
-                f"UNet2DConditionModel, such as Stable Diffusion 1.x and 2.x"
+                f"{folder}: {name} has {component}; supported are pipelines with a UNet2DConditionModel and nothing "
+                f"to ask it but prompts: Stable Diffusion 1.x, 2.x and XL"
             )
-    for component in NEEDED:
-        if _class_of(index, component) is None:
-            raise FileFormatError(f"{folder}: {name} has no {component} in model_index.json; expected {NEEDED}")
+    for component in family.needed:
+        if class_of(index, component) is None:
+            raise FileFormatError(f"{folder}: {name} has no {component} in model_index.json; expected {family.needed}")
         if not (folder / component).is_dir():
             raise FileFormatError(f"{folder / component}: no such folder, but model_index.json names it")
-    if (got := _class_of(index, "unet")) != "UNet2DConditionModel":
+    if (got := class_of(index, "unet")) != "UNet2DConditionModel":
         raise FileFormatError(f"{folder}: its unet is a {got}; expected a UNet2DConditionModel")
+    if index.get("requires_aesthetics_score"):
+        raise FileFormatError(f"{folder}: is a refiner, which takes an image; expected a text-to-image pipeline")
+    return family
 
 
-def check_unet(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a UNet that takes or gives something else than latents, a timestep and a prompt.
+def check_unet(file: Path, config: Mapping[str, Any], family: PipelineFamily) -> None:
+    """Refuse a UNet that takes or gives something else than latents, a timestep and what its family asks by a prompt.
 
     Raises:
         FileFormatError: It does; the setting is named.
@@ -56,9 +61,10 @@ def check_unet(file: Path, config: Mapping[str, Any]) -> None:
     for name in _CONDITIONS:
         if config.get(name) is not None:
             raise FileFormatError(
-                f"{file}: {name} is {config[name]!r}: this UNet needs more than a prompt (as Stable Diffusion XL and "
-                f"others do), which is not supported; expected None"
+                f"{file}: {name} is {config[name]!r}: this UNet needs more than a prompt, which is not supported; "
+                f"expected None"
             )
+    _check_addition(file, config, family)
     channels, out = config.get("in_channels", 4), config.get("out_channels", 4)
     if channels != out:
         raise FileFormatError(
@@ -81,6 +87,29 @@ def check_prediction(file: Path, config: Mapping[str, Any]) -> str:
     if prediction not in PREDICTION_TYPES:
         raise FileFormatError(f"{file}: prediction_type is {prediction!r}; expected {' or '.join(PREDICTION_TYPES)}")
     return str(prediction)
+
+
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """Of the one vector for a whole prompt that a UNet of Stable Diffusion XL takes, by its config."""
+    return int(config["projection_class_embeddings_input_dim"]) - _TIME_IDS * int(config["addition_time_embed_dim"])
+
+
+def _check_addition(file: Path, config: Mapping[str, Any], family: PipelineFamily) -> None:
+    if (got := config.get("addition_embed_type")) != family.addition_embed_type:
+        raise FileFormatError(
+            f"{file}: addition_embed_type is {got!r}; a UNet of {family.name} has {family.addition_embed_type!r}"
+        )
+    total = config.get("projection_class_embeddings_input_dim")
+    if family.addition_embed_type is None:
+        if total is not None:
+            raise FileFormatError(f"{file}: projection_class_embeddings_input_dim is {total!r}; expected None")
+        return
+    if not (isinstance(total, int) and isinstance(config.get("addition_time_embed_dim"), int)):
+        raise FileFormatError(
+            f"{file}: expected addition_time_embed_dim and projection_class_embeddings_input_dim, as {family.name} has"
+        )
+    if pooled_width(config) < 1:
+        raise FileFormatError(f"{file}: projection_class_embeddings_input_dim leaves no room for the prompt: {total}")
 
 
 def weights_file(folder: Path) -> Path:
@@ -128,7 +157,7 @@ def check_components(folder: Path, index: Mapping[str, Any]) -> None:
         FileFormatError: A component's weights are pickled, a variant alone, or missing.
     """
     for component in index:
-        if _class_of(index, component) is None or component == "unet":  # see weights_file
+        if class_of(index, component) is None or component == "unet":  # see weights_file
             continue
         if component in _WITH_WEIGHTS or any((folder / component).glob("*.bin")):
             check_safetensors(folder / component)
@@ -155,11 +184,3 @@ def check_safetensors(folder: Path) -> None:
             f"StableDiffusionPipeline.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
         )
     raise FileFormatError(f"{folder}: has no safetensors file")
-
-
-def _class_of(index: Mapping[str, Any], component: str) -> str | None:
-    """What model_index.json says: [library, class], or nulls where there is none."""
-    match index.get(component):
-        case [str(), str(name)]:
-            return name
-    return None
