@@ -1,6 +1,6 @@
-"""FLOPs and memory of an iteration on Stable Diffusion 1.x's UNet, counted on tensors without data.
+"""FLOPs and memory of an iteration on Stable Diffusion's UNets, 1.x and XL, counted on tensors without data.
 
-    python benchmarks/count_text_to_image.py  # writes benchmarks/results/cpu/text_to_image.json; minutes, 6 GB
+    python benchmarks/count_text_to_image.py  # writes benchmarks/results/cpu/text_to_image.json; minutes, 16 GB
 
 A dense run does not fit an ordinary machine's memory: its step is counted on a copy of a masked one, where every weight
 trains; what it holds is arithmetic, which a small network confirms first.
@@ -12,14 +12,14 @@ import argparse
 import dataclasses
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import text_to_image
 import torch
-from text_to_image import DENSE, DENSE_LEAN, MASKED, MASKED_LEAN, UNET, Setting
+from text_to_image import DENSE, DENSE_LEAN, MASKED, MASKED_LEAN, UNET, XL, Setting
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pecker_fast import MaskedDistiller
@@ -35,6 +35,7 @@ BATCH = 4
 PUBLISHED_F = 37.2
 """36 forward passes of one network on one batch of prompts for convolutions and linear layers, 44 for attention."""
 MOST_GB = 16
+ONE_BY_ONE = "exact, rows 0.1 of both networks, checkpointing, micro-batches of 1"
 REUSE, EIGHTH = {"reuse_generator_forward": True}, {"forget_batch_size": 1}
 PUBLISHED = Setting("published, dense", switches={"preset": "published"})
 FLOPS = [
@@ -63,24 +64,34 @@ MEMORY = [
         MASKED_LEAN, name="exact, cross-attention of both networks, checkpointing, micro-batches of 2", where="xattn"
     ),
 ]
+MEMORY_XL = [
+    dataclasses.replace(setting, unet=XL)
+    for setting in (
+        *MEMORY[:-1],
+        dataclasses.replace(MASKED_LEAN, name=ONE_BY_ONE, switches={"micro_batch_size": 1}),
+        MEMORY[-1],
+    )
+    if setting.checkpointing
+]
 
 
 class Counting:
     """Masked distillers of one UNet by where their masks lie, one at a time; their settings change on copies."""
 
-    def __init__(self) -> None:
+    def __init__(self, unet: Mapping[str, Any] = UNET) -> None:
+        self._unet = unet
         self._made: tuple[str, MaskedDistiller] | None = None
 
     def distiller(self, where: str) -> MaskedDistiller:
         if self._made is None or self._made[0] != where:
             self._made = None  # before the next one takes its memory
-            made = text_to_image.make(Setting("", where), text_to_image.make_unet(CPU), BATCH)
-            self._made = where, made
+            unet = text_to_image.make_unet(CPU, settings=self._unet)
+            self._made = where, text_to_image.make(Setting("", where, unet=self._unet), unet, BATCH)
         return self._made[1]
 
     def rehearsal(self, setting: Setting) -> Any:
         """A copy without data that steps as ``setting`` says."""
-        distiller = self.distiller("all" if setting.where == "dense" else setting.where)
+        distiller = self.distiller(_masked_as(setting))
         text_to_image.set_checkpointing(distiller, setting.checkpointing)
         copied: Any = without_data(distiller)
         config = setting.config(BATCH, distiller.config.mask)
@@ -90,6 +101,11 @@ class Counting:
         for name in _dense(setting):
             train_all(copied, name)
         return copied
+
+
+def _masked_as(setting: Setting) -> str:
+    """Where the mask lies of the distiller that it is counted on."""
+    return "all" if setting.where == "dense" else setting.where
 
 
 def _dense(setting: Setting) -> tuple[str, ...]:
@@ -162,8 +178,8 @@ def flops_rows(counting: Counting) -> Iterator[dict[str, Any]]:
         yield {"what": setting.name, "forwards": in_f, "share": counted["total"] / published} | counted
 
 
-def memory_rows(counting: Counting) -> Iterator[dict[str, Any]]:
-    for setting in MEMORY:
+def memory_rows(counting: Counting, settings: list[Setting]) -> Iterator[dict[str, Any]]:
+    for setting in settings:
         copied = counting.rehearsal(setting)
         if setting.where == "dense":
             parameters = sum(weight.numel() for weight in copied.true_score.parameters())
@@ -189,8 +205,9 @@ def main() -> int:
     counting = Counting()
     results = {
         "batch_size": BATCH,
-        "memory": list(memory_rows(counting)),
+        "memory": list(memory_rows(counting, MEMORY)),
         "flops": list(flops_rows(counting)),
+        "memory_xl": list(memory_rows(Counting(XL), MEMORY_XL)),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }
     output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -71,14 +71,6 @@ def text_to_image_table(results: dict[str, Any]) -> str:
         + [f"{sum(row[network].values()) / forward:.1f}" for network in networks]
         for row in results["flops"]
     ]
-    memory = results["memory"]
-    parts = list(dict.fromkeys(part for row in memory for part, size in row["parts"].items() if size >= 5e6))
-    titles = [part.replace("_", " ") for part in (*parts, "activations", "peak")]
-    held = [[f"{row['parts'].get(part, 0) / 1e9:.2f}" for part in parts] for row in memory]
-    bytes_ = [
-        [row["what"], *own, f"{row['activations'] / 1e9:.2f}", f"**{row['peak'] / 1e9:.1f}**"]
-        for row, own in zip(memory, held, strict=True)
-    ]
     note = (
         f"Counted, not timed: tensors without data, torch {results['versions']['torch']}; "
         f"{results['batch_size']} retained and {results['batch_size']} forgotten prompts, latents of 64 x 64; "
@@ -86,14 +78,29 @@ def text_to_image_table(results: dict[str, Any]) -> str:
     )
     return (
         f"{_markdown(head, rows)}\n\n{note}, attention as products.\n\n"
-        f"{_markdown(['GB', *titles], bytes_)}\n\nNetworks in bfloat16, attention fused."
+        f"{_memory_table('GB', results['memory'])}\n\nNetworks in bfloat16, attention fused.\n\n"
+        f"{_memory_table('GB, Stable Diffusion XL, latents of 128 x 128', results['memory_xl'])}"
     )
+
+
+def _memory_table(title: str, memory: list[dict[str, Any]]) -> str:
+    """Each part of at least 5 MB, in GB."""
+    parts = list(dict.fromkeys(part for row in memory for part, size in row["parts"].items() if size >= 5e6))
+    titles = [part.replace("_", " ") for part in (*parts, "activations", "peak")]
+    held = [[f"{row['parts'].get(part, 0) / 1e9:.2f}" for part in parts] for row in memory]
+    rows = [
+        [row["what"], *own, f"{row['activations'] / 1e9:.2f}", f"**{row['peak'] / 1e9:.1f}**"]
+        for row, own in zip(memory, held, strict=True)
+    ]
+    return _markdown([title, *titles], rows)
 
 
 def text_to_image_headlines(results: dict[str, Any]) -> str:
     """Forwards and peak memory of some iterations; counted, not timed."""
     flops = {row["what"]: row for row in results["flops"]}
-    memory = {row["what"].removeprefix("exact, "): row for row in results["memory"]}
+    memory, memory_xl = (
+        {row["what"].removeprefix("exact, "): row for row in results[name]} for name in ("memory", "memory_xl")
+    )
     thrifty = ", checkpointing, micro-batches of 2"
     attention = "cross-attention of both networks"
     whole = next(name for name in flops if attention in name)
@@ -103,10 +110,10 @@ def text_to_image_headlines(results: dict[str, Any]) -> str:
         ("rows, a tenth of both networks", "exact, rows 0.1 of both networks", "rows 0.1 of both networks"),
         (attention, whole, attention),
     ):
-        peaks = [memory.get(held + more) for more in ("", thrifty)]
+        peaks = [memory.get(held), memory.get(held + thrifty), memory_xl.get(held + thrifty)]
         gigabytes = ["" if row is None else f"{row['peak'] / 1e9:.1f}" for row in peaks]
         rows.append([title, f"{flops[counted]['forwards']:.1f}", *gigabytes])
-    head = ["what trains", "forwards an iteration", "GB at its height", "the same, thriftily"]
+    head = ["what trains", "forwards an iteration", "GB at its height", "the same, thriftily", "XL, thriftily"]
     note = (
         f"Counted on tensors without data, not timed: {results['batch_size']} retained and {results['batch_size']} "
         f"forgotten prompts, networks in bfloat16; thriftily: with gradient checkpointing, in micro-batches of 2."

@@ -1,4 +1,4 @@
-"""Score Forgetting Distillation on the UNet of Stable Diffusion 1.x: its settings by name, and how distillers are made.
+"""Score Forgetting Distillation on UNets of Stable Diffusion: its settings by name, and how distillers are made.
 
 The network has diffusers' code and random (on a CPU unwritten) weights: FLOPs, bytes and seconds do not depend on them.
 """
@@ -29,6 +29,23 @@ UNET: Mapping[str, Any] = {
     "norm_num_groups": sized(32, 8),
 }
 """Stable Diffusion 1.5's ``unet/config.json``, as far as it is not diffusers' default; a rehearsal has a small one."""
+XL: Mapping[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""Stable Diffusion XL's, the same."""
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 TOKENS = 77
 RETAIN, FORGET, OVERRIDE, PROMPTS = (0, 1, 2, 3), 4, 5, 6
@@ -47,6 +64,7 @@ class Setting:
         switches: Of ``DistillConfig``, beside preset "exact".
         guidance: Scale of the fake score in both of its uses; the true score's is 4.5.
         checkpointing: Whether the networks compute activations again in the backward pass.
+        unet: Of which network: ``UNET`` or ``XL``.
     """
 
     name: str
@@ -55,11 +73,12 @@ class Setting:
     switches: Mapping[str, Any] = field(default_factory=dict)
     guidance: float = 4.5
     checkpointing: bool = False
+    unet: Mapping[str, Any] = field(default_factory=lambda: UNET)
 
     def config(self, batch_size: int, mask: MaskConfig) -> DistillConfig:
         """The published recipe, but for the switches; ``batch_size`` retained prompts and as many forgotten ones."""
         scales = {"fake_score_update": self.guidance, "fake_score": self.guidance, "true_score": 4.5}
-        size = UNET["sample_size"]
+        size = self.unet["sample_size"]
         usual: dict[str, Any] = {
             "t_init": 625,
             "t_min": 20,
@@ -124,9 +143,14 @@ def mask_config(unet: nn.Module, where: str) -> MaskConfig:
 def make(setting: Setting, unet: nn.Module, batch_size: int) -> MaskedDistiller:
     """A distiller, ready to step."""
     weight = next(unet.parameters())
-    texts = torch.randn(PROMPTS + 1, TOKENS, UNET["cross_attention_dim"], device=weight.device).to(weight.dtype)
+    like = {"device": weight.device, "dtype": weight.dtype}
+    texts = torch.randn(PROMPTS + 1, TOKENS, setting.unet["cross_attention_dim"], **like)
+    added = {}
+    if setting.unet.get("addition_embed_type") is not None:
+        pooled = setting.unet["projection_class_embeddings_input_dim"] - 6 * setting.unet["addition_time_embed_dim"]
+        added = {"text_embeds": torch.randn(len(texts), pooled, **like), "time_ids": torch.zeros(len(texts), 6, **like)}
     config = setting.config(batch_size, mask_config(unet, setting.where))
-    made = MaskedDistiller(unet, NoiseSchedule.scaled_linear(), config, predict=TextConditional(texts))
+    made = MaskedDistiller(unet, NoiseSchedule.scaled_linear(), config, predict=TextConditional(texts, added=added))
     made.build_mask()
     set_checkpointing(made, setting.checkpointing)
     return made

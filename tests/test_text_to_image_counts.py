@@ -66,15 +66,16 @@ def test_the_published_iteration_is_36_of_the_layers_and_44_of_attention():
 
 def test_the_shipped_counts_are_what_they_claim():
     counted = json.loads(COUNTED.read_text(encoding="utf-8"))
-    flops, memory = ({row["what"]: row for row in counted[topic]} for topic in ("flops", "memory"))
+    flops, memory, xl = ({row["what"]: row for row in counted[topic]} for topic in ("flops", "memory", "memory_xl"))
     published = flops["published, dense"]
     assert published["forwards"] == pytest.approx(37.2, rel=0.01)
     for row in flops.values():
         networks = ("generator", "true_score", "fake_score")
         assert row["total"] == sum(sum(row[name].values()) for name in networks) <= published["total"]
         assert row["share"] == pytest.approx(row["total"] / published["total"])
-    for row in memory.values():
+    for row in (*memory.values(), *xl.values()):
         assert row["peak"] == sum(row["parts"].values()) + row["activations"]
     lean = "exact, {}, checkpointing, micro-batches of 2"
     ours, dense = (memory[lean.format(what)]["peak"] for what in ("rows 0.1 of both networks", "dense"))
     assert counted["batch_size"] == 4 and ours < 16e9 and ours < dense / 2
+    assert xl[lean.format("rows 0.1 of both networks")]["peak"] < xl[lean.format("dense")]["peak"] / 2
