@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-import gc
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch._C._profiler import ProfilerActivity, ProfilerConfig, ProfilerState, _ExperimentalConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pecker_fast import (
@@ -34,6 +34,9 @@ from pecker_fast.memory_meter import TensorMeter, bytes_by_claim
 from pecker_fast.memory_parts import held_parts
 from pecker_fast.score_model import TextConditional
 from pecker_fast.time_estimate import estimate_seconds
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from allocator import allocated  # noqa: E402
 
 ROWS = MaskConfig(kind="random", density=0.3, block="row")
 SALIENCY = MaskConfig(density=0.3, block="row", batches=2, batch_size=16)
@@ -102,21 +105,14 @@ def text_to_image(checkpointing=True):
 
 def measured(make, steps=2):
     """Peak of torch's allocator while a trainer is made and steps, from its own events; what is left; the trainer."""
-    gc.collect()
-    config = ProfilerConfig(ProfilerState.KINETO, False, True, False, False, False, _ExperimentalConfig())
-    torch.autograd._prepare_profiler(config, {ProfilerActivity.CPU})  # torch.profiler, without the time for its tables
-    torch.autograd._enable_profiler(config, {ProfilerActivity.CPU})
-    try:
+
+    def run():
         made = make()
         for _ in range(steps):
             made.step()
-    finally:
-        events = [event for event in torch.autograd._disable_profiler().events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak, now, made
+        return made
+
+    return allocated(run)
 
 
 @pytest.mark.parametrize(
