@@ -45,7 +45,7 @@ XL: Mapping[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-"""Stable Diffusion XL's, the same."""
+"""Stable Diffusion XL's."""
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 TOKENS = 77
 RETAIN, FORGET, OVERRIDE, PROMPTS = (0, 1, 2, 3), 4, 5, 6

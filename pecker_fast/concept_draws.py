@@ -88,15 +88,17 @@ def check_pipeline(folder: StrPath) -> PipelineFolder:
     """
     root = Path(folder)
     kind = read_json(root / INDEX).get("_class_name")
-    known = {family.pipeline: family for family in FAMILIES}
-    if kind not in known:
-        raise FileFormatError(f"{root}: expected a {' or '.join(known)}, got {kind!r}; others are not drawn here")
+    found = [family for family in FAMILIES if family.pipeline == kind]
+    if not found:
+        names = " or ".join(family.pipeline for family in FAMILIES)
+        raise FileFormatError(f"{root}: expected a {names}, got {kind!r}; others are not drawn here")
+    family = found[0]
     for part in ("unet", "vae"):
         _check_weights(root / part, _STEM)
-    for part in known[kind].text_encoders:
+    for part in family.text_encoders:
         _check_weights(root / part, _STEM_OF_TEXT_ENCODER)
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
-    return PipelineFolder(root, known[kind], image_size(root), scheduler, _is_one_step(scheduler))
+    return PipelineFolder(root, family, image_size(root), scheduler, _is_one_step(scheduler))
 
 
 def sampling_of(
@@ -191,11 +193,14 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def cut_prompts(pipeline: Any, prompts: Sequence[EvaluationPrompt]) -> int:
-    """How many prompts are longer than the tokenizer's limit, and lose their end."""
-    tokenizer = pipeline.tokenizer
+    """How many prompts are longer than a tokenizer's limit, and lose their end."""
     texts = list({prompt.text for prompt in prompts})
-    lengths = dict(zip(texts, map(len, tokenizer(texts)["input_ids"]), strict=True))
-    return sum(lengths[prompt.text] > tokenizer.model_max_length for prompt in prompts)
+    cut: set[str] = set()
+    for tokenizer in (pipeline.tokenizer, getattr(pipeline, "tokenizer_2", None)):
+        if tokenizer is not None:
+            lengths = map(len, tokenizer(texts)["input_ids"])
+            cut |= {text for text, length in zip(texts, lengths, strict=True) if length > tokenizer.model_max_length}
+    return sum(prompt.text in cut for prompt in prompts)
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -111,13 +111,13 @@ def test_schedulers_that_cannot_be_trained_with(method, file, values, text, here
             lambda base: (base / "unet/diffusion_pytorch_model.safetensors").rename(
                 base / "unet/diffusion_pytorch_model.bin"
             ),
-            "diffusion_pytorch_model.bin alone, a pickle, which is not opened; convert it",
+            "diffusion_pytorch_model.bin alone, a pickle, which is not opened; where you trust it, save the whole",
         ),
         (
             lambda base: (base / "unet/diffusion_pytorch_model.safetensors").rename(
                 base / "unet/diffusion_pytorch_model.fp16.safetensors"
             ),
-            "only diffusion_pytorch_model.fp16.safetensors; copy the folder",
+            'from_pretrained(folder, variant="fp16", torch_dtype=torch.float16).save_pretrained(new_folder)',
         ),
         (lambda base: (base / UNET).write_bytes((base / UNET).read_bytes()[:1000]), "truncated or not a safetensors"),
         (lambda base: (base / "text_encoder/model.safetensors").unlink(), "text_encoder: has no safetensors file"),

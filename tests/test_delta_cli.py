@@ -159,7 +159,7 @@ def test_dry_runs_check_everything_and_write_nothing(here, capsys):
         ("apply --model ../base --delta da nowhere", "nowhere: no such folder"),
         ("apply --model nowhere --delta da", "nowhere: no such folder"),
         ("apply --model da --delta da", "weights are missing"),
-        ("apply --model . --delta da", "got 0 of them"),
+        ("apply --model . --delta da", "got 0 files"),
         ("apply --model ../base --delta ../base", "pecker_config.json: cannot be read"),
         ("extract --before ../base --after ../after_a --mask_path ../b.safetensors", "outside the mask differ"),
         ("extract --before ../base --after ../after_a --mask_path nowhere", "nowhere: no such file"),
@@ -205,11 +205,11 @@ def test_usage(arguments, here, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-def test_sharded_models_are_refused(here, capsys):
+def test_files_without_an_index_are_refused(here, capsys):
     extract("a", "da")
     base = here.parent / "base"
     (base / WEIGHTS).rename(base / "model-00001-of-00002.safetensors")
     torch.save({}, base / "model.bin")
     shutil.copy(base / "model-00001-of-00002.safetensors", base / "model-00002-of-00002.safetensors")
     assert delta("apply", "--model", base, "--delta", "da", "--output_dir", "m") == 3
-    assert "got 2 of them; save the model unsharded" in _error(capsys, "delta")
+    assert "got 2 files; save the model again" in _error(capsys, "delta")

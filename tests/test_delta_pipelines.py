@@ -198,8 +198,8 @@ def _no_scheduler(base):
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (_sharded, "got 2 of them; save the model unsharded"),
-        (_pickled, "got 0 of them; save the model unsharded, with safe_serialization=True"),
+        (_sharded, "got 2 files; save the model again"),
+        (_pickled, "got 0 files; save the model again with safe_serialization=True"),
         (_transformer, "expected a unet of class UNet2DConditionModel, got 'FluxTransformer2DModel'"),
         (_other_base, "base and da: the"),
         (_no_scheduler, "scheduler_config.json: no such file; the pipeline is not complete"),

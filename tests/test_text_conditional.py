@@ -229,6 +229,10 @@ def test_what_cannot_be_asked_is_refused():
         TextConditional(prompts(), "sample")
     with pytest.raises(ValueError, match="give schedule= too"):
         TextConditional(prompts(), "v_prediction")
+    with pytest.raises(
+        ValueError, match=r"added\['text_embeds'\]: expected [0-9]+ rows, as the embeddings have, got 1"
+    ):
+        TextConditional(prompts(), added={"text_embeds": torch.zeros(1, 4)})
     with pytest.raises(TypeError, match=r"predict=TextConditional"):
         predictor(type("UNet2DConditionModel", (nn.Module,), {"__module__": "diffusers.models"})())
 

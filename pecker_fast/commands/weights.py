@@ -12,16 +12,17 @@ from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.pipeline_files import TEXTS, check_pipeline, copy_components, copy_texts, is_pipeline
 from pecker_fast.models.pipeline_scheduler import PipelineScheduler
+from pecker_fast.models.shards import INDEX_NAME, pieces, read_shards
 from pecker_fast.models.storage import DELTAS_NAME, WEIGHTS_NAME
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder with one safetensors file, or a pipeline folder with such a ``unet/``.
+    """A folder of safetensors, or a pipeline folder with such a ``unet/``.
 
     Attributes:
         path: The folder with the weights.
-        file: Name of the file with the weights.
+        files: Names of the files with the weights, each with the names of its tensors.
         weights: Its tensors.
         ledger: The deltas that the model is said to carry.
         pipeline: The pipeline's folder, if it is one.
@@ -29,7 +30,7 @@ class ModelFolder:
     """
 
     path: Path
-    file: str
+    files: dict[str, set[str]]
     weights: dict[str, Tensor]
     ledger: Ledger
     pipeline: Path | None
@@ -40,8 +41,8 @@ class ModelFolder:
         """Read the weights of a folder as this package or diffusers writes it; of a pipeline, those of its UNet.
 
         Raises:
-            FileFormatError: The folder or a file is missing or damaged, the weights are in several files, or a
-                pipeline has no UNet2DConditionModel.
+            FileFormatError: The folder or a file is missing or damaged, the weights are in several files without an
+                index, or a pipeline has no UNet2DConditionModel.
         """
         if not folder.is_dir():
             raise FileFormatError(f"{folder}: no such folder; expected a model folder with {WEIGHTS_NAME}")
@@ -50,15 +51,14 @@ class ModelFolder:
         if pipeline is not None:
             check_pipeline(pipeline)
             folder, scheduler = pipeline / "unet", PipelineScheduler.read(pipeline)
-        file = _weights_file(folder)
-        weights, _ = read_safetensors(folder / file)
-        return cls(folder, file, weights, Ledger.load(folder), pipeline, scheduler)
+        files, weights = _read_weights(folder)
+        return cls(folder, files, weights, Ledger.load(folder), pipeline, scheduler)
 
     def writes(self, scheduler: PipelineScheduler | None) -> list[str]:
         """Names of the files that `write` changes."""
         inside = "" if self.pipeline is None else "unet/"
         also = [] if scheduler == self.scheduler else ["scheduler/scheduler_config.json", "model_index.json"]
-        return [f"{inside}{self.file}", f"{inside}{DELTAS_NAME}", *also]
+        return [*(f"{inside}{file}" for file in sorted(self.files)), f"{inside}{DELTAS_NAME}", *also]
 
     def write(self, folder: Path, scheduler: PipelineScheduler | None) -> None:
         """Write the weights as they are now, with the folder's settings and texts, complete or not at all.
@@ -87,14 +87,16 @@ class ModelFolder:
 
     def _write_weights(self, folder: Path) -> None:
         copy_texts(self.path, folder, without=(DELTAS_NAME,))
-        rewrite_safetensors(self.path / self.file, folder / self.file, self.weights)
+        for file, names in self.files.items():
+            rewrite_safetensors(self.path / file, folder / file, {name: self.weights[name] for name in names})
         self.ledger.save(folder)
 
     def _check_nothing_is_lost(self, folder: Path) -> None:
         """A model folder keeps what it has beside the new files; within a pipeline, ``unet/`` is replaced."""
         if self.pipeline is None or not folder.exists() or not folder.samefile(self.pipeline):
             return
-        lost = [entry.name for entry in self.path.iterdir() if entry.suffix not in TEXTS and entry.name != self.file]
+        names = [entry.name for entry in self.path.iterdir() if entry.suffix not in TEXTS]
+        lost = [name for name in names if name not in self.files]
         if lost:
             raise FileFormatError(
                 f"{self.path}: has other files, which are not changed along and would be lost: "
@@ -102,11 +104,15 @@ class ModelFolder:
             )
 
 
-def _weights_file(folder: Path) -> str:
+def _read_weights(folder: Path) -> tuple[dict[str, set[str]], dict[str, Tensor]]:
     files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if WEIGHTS_NAME not in files and (folder / INDEX_NAME).is_file():
+        return pieces(folder), read_shards(folder)
     if WEIGHTS_NAME not in files and len(files) != 1:
         raise FileFormatError(
-            f"{folder}: expected {WEIGHTS_NAME} or one other safetensors file, got {len(files)} of them; save the "
-            f"model unsharded" + ("" if files else ", with safe_serialization=True")
+            f"{folder}: expected {WEIGHTS_NAME}, {INDEX_NAME} or one other safetensors file, got {len(files)} files; "
+            f"save the model again" + ("" if files else " with safe_serialization=True")
         )
-    return WEIGHTS_NAME if WEIGHTS_NAME in files else files[0]
+    file = WEIGHTS_NAME if WEIGHTS_NAME in files else files[0]
+    weights, _ = read_safetensors(folder / file)
+    return {file: set(weights)}, weights

@@ -31,7 +31,7 @@ image = pipeline("a lake in the mountains", {how}).images[0]
 _LIMITS = """- Erased is not proven absent. Other words, other languages, embeddings that were optimised for it or a few
   steps of training may bring the concept back. Recovery was not tested here.
 - What lies close to the concept may have changed with it: compare neighbouring prompts before you rely on them.
-- The text encoder is the original one: embeddings of the erased words still exist, the UNet answers them otherwise.
+- Text encoders are the original ones: embeddings of the erased words still exist, the UNet answers them otherwise.
 - The numbers of the base model's card are not those of this model."""
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pecker_fast.concepts.pipeline import PipelineFolder
 from pecker_fast.concepts.support import pooled_width
 from pecker_fast.models.one_step_scheduler import diffusers_library
-from pecker_fast.models.pipeline_families import STABLE_DIFFUSION_XL
+from pecker_fast.models.pipeline_families import STABLE_DIFFUSION_XL, class_of
 from pecker_fast.score_model import TextConditional
 
 BATCH = 32
@@ -95,7 +95,8 @@ def _time_ids(pipeline: PipelineFolder, pooled: Tensor) -> Tensor:
 def _encoder(pipeline: PipelineFolder, device: torch.device | str) -> Any:
     """The pipeline of diffusers with its text encoders alone."""
     family = pipeline.family
-    absent = pipeline.components - {"scheduler", *family.tokenizers, *family.text_encoders}
+    kept = {"scheduler", *family.tokenizers, *family.text_encoders}
+    absent = {name for name in pipeline.index if class_of(pipeline.index, name) is not None} - kept
     encoder = getattr(diffusers_library(), family.pipeline).from_pretrained(
         pipeline.path, **{**dict.fromkeys(absent), **family.plain}, local_files_only=True, use_safetensors=True
     )

@@ -1,4 +1,4 @@
-"""Whether a one-step generator belongs to a pipeline: the same UNet, schedule and text encoder."""
+"""Whether a one-step generator belongs to a pipeline: the same UNet, size, schedule and text encoders."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ def check_generator(generator: PipelineFolder, base: PipelineFolder) -> None:
     Of the weights those of text encoders are compared alone: a UNet that trained is to differ.
 
     Raises:
-        FileFormatError: Shapes of the UNet's weights, what it predicts, the betas, or a text encoder differ.
+        FileFormatError: Shapes of weights or of latents, what the UNet predicts, the betas, or a text encoder differ.
         ImportError: diffusers is not installed.
     """
     if generator.shapes != base.shapes:
         raise FileFormatError(
             f"{generator.path}: its UNet has other weights than that of {base.path}; take one of that model"
+        )
+    if generator.sample_shape != base.sample_shape:
+        raise FileFormatError(
+            f"{generator.path}: draws latents of {generator.sample_shape}, {base.path} of {base.sample_shape}"
         )
     if generator.prediction_type != base.prediction_type:
         raise FileFormatError(

@@ -14,9 +14,10 @@ from pecker_fast.concepts.pipeline import INDEX, PipelineFolder
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
-from pecker_fast.models.storage import DELTAS_NAME
+from pecker_fast.models.storage import DELTAS_NAME, WEIGHTS_NAME
 
 _TEXTS = (".json", ".md", ".txt")
+_INDEX_OF_WEIGHTS = ".index.json"
 _ALONG = ("LICENSE", "LICENSE.md", "LICENSE.txt")
 """Files beside the components that go along; others there may be whole older models in one file."""
 
@@ -24,10 +25,10 @@ _ALONG = ("LICENSE", "LICENSE.md", "LICENSE.txt")
 def write_pipeline(
     base: PipelineFolder, folder: Path, tensors: Mapping[str, Tensor], ledger: Ledger, scheduler: Any | None = None
 ) -> None:
-    """Write a pipeline that ``StableDiffusionPipeline.from_pretrained`` loads; ``atomic_folder`` is the caller's.
+    """Write a pipeline that diffusers' ``from_pretrained`` loads; ``atomic_folder`` is the caller's.
 
     All components but the UNet are copied file by file; of the UNet's folder only settings are: other copies of its
-    weights, in another format or variant, would be the old ones.
+    weights, in another format or variant, would be the old ones. They become one file.
 
     Args:
         base: The pipeline that it comes from.
@@ -63,9 +64,10 @@ def write_pipeline(
 def _write_unet(base: PipelineFolder, folder: Path, tensors: Mapping[str, Tensor], ledger: Ledger) -> None:
     folder.mkdir()
     for source in sorted((base.path / "unet").iterdir()):
-        if source.is_file() and source.suffix in _TEXTS and source.name != DELTAS_NAME:
+        wanted = source.suffix in _TEXTS and not source.name.endswith(_INDEX_OF_WEIGHTS)
+        if source.is_file() and wanted and source.name != DELTAS_NAME:
             shutil.copyfile(source, folder / source.name)
-    write_safetensors(folder / base.weights_file.name, tensors, {"format": "pt"})
+    write_safetensors(folder / WEIGHTS_NAME, tensors, {"format": "pt"})
     if len(ledger):
         ledger.save(folder)
 

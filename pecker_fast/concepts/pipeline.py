@@ -19,13 +19,15 @@ from pecker_fast.concepts.support import (
     check_index,
     check_prediction,
     check_shapes,
+    check_size_and_text,
     check_unet,
-    weights_file,
+    weights_files,
 )
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.one_step_scheduler import diffusers_library
 from pecker_fast.models.pipeline_families import PipelineFamily, image_size
+from pecker_fast.models.shards import read_shards
 from pecker_fast.regions import Region, in_region
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.score_model import PREDICTION_TYPES
@@ -80,7 +82,8 @@ class PipelineFolder:
         family = check_index(path, index)
         unet_config = read_json(path / "unet" / "config.json")
         check_unet(path / "unet" / "config.json", unet_config, family)
-        weights_file(path / "unet")
+        check_size_and_text(path, unet_config, family)
+        weights_files(path / "unet")
         check_components(path, index)
         settings = path / SETTINGS
         scheduler_config = read_json(settings)
@@ -120,22 +123,18 @@ class PipelineFolder:
         }
 
     @property
-    def weights_file(self) -> Path:
+    def weights_files(self) -> tuple[Path, ...]:
         """The UNet's weights."""
-        return weights_file(self.path / "unet")
+        return weights_files(self.path / "unet")
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of the UNet's weights, from the file's header alone.
+        """Name -> shape of the UNet's weights, from the headers of its files alone.
 
         Raises:
-            FileFormatError: The file is damaged.
+            FileFormatError: A file is damaged.
         """
-        try:
-            with safe_open(self.weights_file, framework="pt") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise FileFormatError(f"{self.weights_file}: truncated or not a safetensors file ({error})") from error
+        return {name: shape for file in self.weights_files for name, shape in _shapes(file).items()}
 
     @property
     def parameters(self) -> int:
@@ -159,9 +158,10 @@ class PipelineFolder:
         """The UNet's weights as they are stored, on the CPU.
 
         Raises:
-            FileFormatError: The file is damaged.
+            FileFormatError: A file is damaged, or is not what its index lists.
         """
-        return read_safetensors(self.weights_file)[0]
+        files = self.weights_files
+        return read_safetensors(files[0])[0] if len(files) == 1 else read_shards(self.path / "unet")
 
     def unet(self, tensors: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """The UNet2DConditionModel in eval mode, on the CPU.
@@ -191,10 +191,10 @@ class PipelineFolder:
         return unet
 
     def check_weights(self) -> None:
-        """Compare the UNet's weights with its settings, by the file's header alone.
+        """Compare the UNet's weights with its settings, by headers alone.
 
         Raises:
-            FileFormatError: The file is damaged, or does not fit.
+            FileFormatError: A file is damaged, or they do not fit.
             ImportError: diffusers is not installed.
         """
         self._fitting(self.shapes)
@@ -204,7 +204,7 @@ class PipelineFolder:
         with torch.device("meta"):
             unet = self.empty_unet()
         expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-        check_shapes(self.weights_file, shapes, expected)
+        check_shapes(self.path / "unet", shapes, expected)
         return unet
 
     def scheduler(self) -> Any:
@@ -277,6 +277,14 @@ class PipelineFolder:
                     f"prompt {_short(prompt)!r} has {tokens - special} tokens, the tokenizer of {self.path} takes "
                     f"{limit - special}; shorten it: nothing is cut silently"
                 )
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise FileFormatError(f"{file}: truncated or not a safetensors file ({error})") from error
 
 
 def quiet_libraries() -> None:

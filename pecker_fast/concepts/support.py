@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pecker_fast.checkpoint import read_json
 from pecker_fast.errors import FileFormatError
-from pecker_fast.models.pipeline_families import PipelineFamily, class_of, family_of
+from pecker_fast.models.pipeline_families import PipelineFamily, class_of, family_of, image_size
+from pecker_fast.models.shards import INDEX_NAME, pieces
+from pecker_fast.models.storage import WEIGHTS_NAME
 from pecker_fast.score_model import PREDICTION_TYPES
 
+_STEM = WEIGHTS_NAME.partition(".")[0]
 _WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "vae", "safety_checker")
 _OTHERS = ("text_encoder_3", "image_encoder", "transformer", "prior")
 _TIME_IDS = 6
@@ -34,6 +38,8 @@ def check_index(folder: Path, index: Mapping[str, Any]) -> PipelineFamily:
         FileFormatError: One is missing, or there is one that we would not ask.
     """
     name, family = index.get("_class_name", "a pipeline without a name"), family_of(index)
+    if index.get("requires_aesthetics_score"):
+        raise FileFormatError(f"{folder}: is a refiner, which takes an image; expected a text-to-image pipeline")
     for component in _OTHERS:
         if class_of(index, component) is not None:
             raise FileFormatError(
@@ -47,8 +53,11 @@ def check_index(folder: Path, index: Mapping[str, Any]) -> PipelineFamily:
             raise FileFormatError(f"{folder / component}: no such folder, but model_index.json names it")
     if (got := class_of(index, "unet")) != "UNet2DConditionModel":
         raise FileFormatError(f"{folder}: its unet is a {got}; expected a UNet2DConditionModel")
-    if index.get("requires_aesthetics_score"):
-        raise FileFormatError(f"{folder}: is a refiner, which takes an image; expected a text-to-image pipeline")
+    if name != family.pipeline:  # it has the same parts, or all that we would ask
+        raise FileFormatError(
+            f"{folder}: is {name!r}; expected a {family.pipeline}: save it as one, "
+            f"{family.pipeline}.from_pretrained(folder).save_pretrained(new_folder)"
+        )
     return family
 
 
@@ -75,6 +84,24 @@ def check_unet(file: Path, config: Mapping[str, Any], family: PipelineFamily) ->
     pair = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
     if not (pair or (isinstance(size, int) and size > 0)):
         raise FileFormatError(f"{file}: sample_size is {size!r}; expected the latents' size, such as 64")
+
+
+def check_size_and_text(folder: Path, config: Mapping[str, Any], family: PipelineFamily) -> None:
+    """Refuse what a UNet of Stable Diffusion XL could not be told: a size, or a prompt's vector of another width.
+
+    Raises:
+        FileFormatError: Its pipeline has no one size, or its second text encoder another width.
+    """
+    if family.addition_embed_type is None:
+        return
+    if not isinstance(config["sample_size"], int):
+        raise FileFormatError(f"{folder}: sample_size is {config['sample_size']!r}; {family.name} takes one number")
+    image_size(folder)
+    width = read_json(folder / "text_encoder_2" / "config.json").get("projection_dim")
+    if width is not None and width != pooled_width(config):
+        raise FileFormatError(
+            f"{folder}: text_encoder_2 gives vectors of {width}, and the UNet takes {pooled_width(config)}"
+        )
 
 
 def check_prediction(file: Path, config: Mapping[str, Any]) -> str:
@@ -112,28 +139,23 @@ def _check_addition(file: Path, config: Mapping[str, Any], family: PipelineFamil
         raise FileFormatError(f"{file}: projection_class_embeddings_input_dim leaves no room for the prompt: {total}")
 
 
-def weights_file(folder: Path) -> Path:
-    """The one safetensors file of a component.
+def weights_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a UNet: one, or those of an index.
 
     Raises:
-        FileFormatError: It is missing: in several files, a variant, or in an older format.
+        FileFormatError: One is missing: it is a variant alone, or in an older format.
     """
-    name = "diffusion_pytorch_model"
-    file = folder / f"{name}.safetensors"
+    file = folder / WEIGHTS_NAME
     if file.is_file():
-        return file
-    if (folder / f"{file.name}.index.json").is_file():
-        raise FileFormatError(
-            f"{folder}: its weights are in several files; save it again with save_pretrained(..., "
-            f'max_shard_size="100GB")'
-        )
-    if variants := sorted(path.name for path in folder.glob(f"{name}.*.safetensors")):
-        raise FileFormatError(
-            f"{file}: no such file, only {variants[0]}; copy the folder with that file under this name, or save the "
-            f"pipeline again without a variant"
-        )
-    check_safetensors(folder)
-    raise FileFormatError(f"{file}: no such file")
+        return (file,)
+    if not (folder / INDEX_NAME).is_file():
+        check_safetensors(folder)
+        raise FileFormatError(f"{file}: no such file")
+    found = tuple(folder / name for name in sorted(pieces(folder)))
+    for piece in found:
+        if not piece.is_file():
+            raise FileFormatError(f"{piece}: no such file, but {INDEX_NAME} lists it")
+    return found
 
 
 def check_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -157,7 +179,7 @@ def check_components(folder: Path, index: Mapping[str, Any]) -> None:
         FileFormatError: A component's weights are pickled, a variant alone, or missing.
     """
     for component in index:
-        if class_of(index, component) is None or component == "unet":  # see weights_file
+        if class_of(index, component) is None or component == "unet":  # see weights_files
             continue
         if component in _WITH_WEIGHTS or any((folder / component).glob("*.bin")):
             check_safetensors(folder / component)
@@ -169,18 +191,30 @@ def check_safetensors(folder: Path) -> None:
     Raises:
         FileFormatError: They are pickled, a variant alone, or there are none.
     """
-    names = [
-        f"{stem}.safetensors{more}" for stem in ("model", "diffusion_pytorch_model") for more in ("", ".index.json")
-    ]
+    names = [f"{stem}.safetensors{more}" for stem in ("model", _STEM) for more in ("", ".index.json")]
     if any((folder / name).is_file() for name in names):
         return
     if variants := sorted(path.name for path in folder.glob("*.safetensors")):
         raise FileFormatError(
-            f"{folder}: has {variants[0]} alone, a variant or an unknown name; expected {names[0]} or {names[2]}"
+            f"{folder}: has {variants[0]} alone, a variant or an unknown name; expected {names[0]} or {names[2]}; "
+            f"{_again(_of_variant(variants[0]))}"
         )
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise FileFormatError(
-            f"{folder}: has {pickled[0]} alone, a pickle, which is not opened; convert it where you trust it: "
-            f"StableDiffusionPipeline.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
+            f"{folder}: has {pickled[0]} alone, a pickle, which is not opened; where you trust it, "
+            f"{_again('use_safetensors=False')}"
         )
     raise FileFormatError(f"{folder}: has no safetensors file")
+
+
+def _again(how: str) -> str:
+    return (
+        f"save the whole pipeline again: DiffusionPipeline.from_pretrained(folder, {how}).save_pretrained(new_folder)"
+    )
+
+
+def _of_variant(name: str) -> str:
+    """How a file such as model.fp16.safetensors is loaded."""
+    variant = name.split(".")[1]
+    dtypes = {"fp16": ", torch_dtype=torch.float16", "bf16": ", torch_dtype=torch.bfloat16"}
+    return f'variant="{variant}"{dtypes.get(variant, "")}'

@@ -18,7 +18,8 @@ def region_of(method: TrainMethod, names: Iterable[str]) -> Region:
 
     Args:
         method: "xattn" (cross-attention: attn2), "selfattn" (attn1), "noxattn" (all but cross-attention, and but the
-            output layers and the time embedding, as ESD's code leaves them out) or "full".
+            output layers and the time embedding, as ESD's code leaves them out; the added embedding of Stable
+            Diffusion XL is in it) or "full".
         names: Names of the UNet's weights.
 
     Returns:

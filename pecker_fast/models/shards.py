@@ -68,6 +68,16 @@ def write_shards(folder: Path, groups: list[dict[str, Tensor]], header: Mapping[
     write_json(folder / INDEX_NAME, {"metadata": {"total_size": _bytes(*groups)}, "weight_map": index})
 
 
+def pieces(folder: Path) -> dict[str, set[str]]:
+    """Files of weights that the index of ``folder`` lists, each with the names of its tensors.
+
+    Raises:
+        FileFormatError: The index is missing or damaged, or names a file elsewhere.
+    """
+    path = folder / INDEX_NAME
+    return _listed(path, read_json(path).get("weight_map"))
+
+
 def read_shards(folder: Path) -> dict[str, Tensor]:
     """Read all tensors that the index of ``folder`` lists.
 
