@@ -1,6 +1,7 @@
 """FLOPs and memory of an iteration on Stable Diffusion's UNets, 1.x and XL, counted on tensors without data.
 
     python benchmarks/count_text_to_image.py  # writes benchmarks/results/cpu/text_to_image.json; minutes, 16 GB
+    python benchmarks/count_text_to_image.py --topics memory_xl  # the others stay as they are there
 
 A dense run does not fit an ordinary machine's memory: its step is counted on a copy of a masked one, where every weight
 trains; what it holds is arithmetic, which a small network confirms first.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import platform
 from collections.abc import Iterator, Mapping
@@ -85,6 +87,7 @@ class Counting:
     def distiller(self, where: str) -> MaskedDistiller:
         if self._made is None or self._made[0] != where:
             self._made = None  # before the next one takes its memory
+            gc.collect()  # distillers are in cycles
             unet = text_to_image.make_unet(CPU, settings=self._unet)
             self._made = where, text_to_image.make(Setting("", where, unet=self._unet), unet, BATCH)
         return self._made[1]
@@ -188,6 +191,7 @@ def memory_rows(counting: Counting, settings: list[Setting]) -> Iterator[dict[st
             parts = held_parts(counting.distiller(setting.where))
         row = {"what": setting.name, "parts": parts, "activations": activations(copied)}
         row["peak"] = sum(parts.values()) + row["activations"]
+        del copied  # so that its distiller can go before the next one is made
         if setting is MASKED_LEAN and row["peak"] >= MOST_GB * 1e9:
             raise SystemExit(f"{setting.name}: expected less than {MOST_GB} GB, counted {row['peak'] / 1e9:.1f}")
         print(
@@ -197,20 +201,27 @@ def memory_rows(counting: Counting, settings: list[Setting]) -> Iterator[dict[st
         yield row
 
 
+TOPICS = {
+    "memory": lambda: memory_rows(Counting(), MEMORY),
+    "flops": lambda: flops_rows(Counting()),
+    "memory_xl": lambda: memory_rows(Counting(XL), MEMORY_XL),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    output = parser.parse_args().output
+    parser.add_argument("--topics", nargs="+", choices=TOPICS, default=list(TOPICS))
+    options = parser.parse_args()
     check_dense_parts()
-    counting = Counting()
-    results = {
-        "batch_size": BATCH,
-        "memory": list(memory_rows(counting, MEMORY)),
-        "flops": list(flops_rows(counting)),
-        "memory_xl": list(memory_rows(Counting(XL), MEMORY_XL)),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results = json.loads(options.output.read_text(encoding="utf-8")) if options.output.exists() else {}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    if results.get("versions", versions) != versions and set(options.topics) != set(TOPICS):
+        raise SystemExit(f"{options.output} was counted with {results['versions']}, not {versions}: count all topics")
+    results |= {"batch_size": BATCH, "versions": versions}
+    for topic in options.topics:
+        results[topic] = list(TOPICS[topic]())
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

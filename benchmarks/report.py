@@ -6,7 +6,7 @@ python -m pytest benchmarks/ --benchmark-only --rows benchmarks/results/cpu/kern
 pecker-fast demo --output_dir runs/demo && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
 pecker-fast demo --mask_density 0.1 --output_dir runs/sparser  # and its metrics.json as demo_density_0.1.json
 python benchmarks/digits_concepts.py --output_dir OUT --results_dir docs/results/concepts
-python benchmarks/count_text_to_image.py
+python benchmarks/count_text_to_image.py && python benchmarks/step_text_to_image.py
 benchmarks/gpu.sh OUT  # on a machine with a GPU; its optimizer.json, wgrad.json, ... as benchmarks/results/<gpu>/*.json
 python benchmarks/report.py [--check]
 """
@@ -26,7 +26,8 @@ import digits_concepts_tables as concepts  # noqa: E402
 import tables as quality  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-README, BENCHMARKS, QUALITY = ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "quality.md"
+README = ROOT / "README.md"
+BENCHMARKS, MEMORY, QUALITY = (ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "memory", "quality"))
 RESULTS = ROOT / "benchmarks" / "results"
 DIGITS, CIFAR16, CONCEPTS = (ROOT / "docs" / "results" / f"{name}.md" for name in ("digits", "cifar16", "concepts"))
 
@@ -119,6 +120,28 @@ def text_to_image_headlines(results: dict[str, Any]) -> str:
         f"forgotten prompts, networks in bfloat16; thriftily: with gradient checkpointing, in micro-batches of 2."
     )
     return f"{_markdown(head, rows)}\n\n{note}"
+
+
+def peak_table(results: dict[str, Any]) -> str:
+    """A real step's memory by torch's allocator, beside the estimate."""
+    rows = [
+        [
+            title,
+            *(f"{results[what][by] / 1e9:.2f}" for by in ("allocated", "estimated")),
+            f"{_ratio(results[what]):.3f}",
+        ]
+        for title, what in (("at its height", "peak"), ("between two steps", "held"))
+    ]
+    batch = results["batch_size"]
+    note = (
+        f"{results['what']}; {batch} retained and {batch} forgotten prompts; {results['machine']}, "
+        f"{results['seconds'] / 60:.0f} minutes a step."
+    )
+    return f"{_markdown(['GB', 'allocated', 'estimated', 'ratio'], rows)}\n\n{note}"
+
+
+def _ratio(size: dict[str, int]) -> float:
+    return size["estimated"] / size["allocated"]
 
 
 def demo_table(metrics: dict[str, Any]) -> str:
@@ -245,6 +268,7 @@ TABLES = {
         "all kernels on a GPU": (ON_GPUS, gpu_tables),
         "text to image": ("cpu/text_to_image.json", text_to_image_table),
     },
+    MEMORY: {"a real step": ("cpu/text_to_image_peak.json", peak_table)},
     QUALITY: {
         "switches": ("cpu/quality.json", quality.switches),
         "masked": ("cpu/quality.json", quality.masked),
