@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machines import here, sized
+from machines import REHEARSAL, here, sized
 from measure import Row, Seconds
 from torch import Tensor, nn
 
@@ -179,6 +179,11 @@ def check(masked: Setting, dense: Setting, masks: Masks) -> None:
     for ours, theirs in zip(found[masked], found[dense], strict=True):
         error = relative_error(ours, theirs)
         assert error <= TOLERANCE, f"{masked.name}: relative error {error:.2g}"
+
+
+def iteration_flops(distiller: MaskedDistiller, known: Mapping[Any, int]) -> int:
+    """Of ``distiller``; a rehearsal counts the first one alone, because to count takes longer there than to run."""
+    return next(iter(known.values())) if REHEARSAL and known else distiller.flops()["total"]
 
 
 def relative_error(ours: ActiveParameters, theirs: ActiveParameters) -> float:

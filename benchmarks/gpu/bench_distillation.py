@@ -36,7 +36,7 @@ def bench_distill_step(benchmark, machine, limits, masks):
 
     def step_of(setting: Setting):
         distiller = distillers.make(setting, masks)
-        flops[setting] = distiller.flops()["total"]
+        flops[setting] = distillers.iteration_flops(distiller, flops)
         return distiller.step
 
     for ours, theirs, target in RACES:

@@ -34,7 +34,9 @@ TOLERANCE = sized(0.05, 1e-3)
 
 def bench_text_to_image_step(benchmark, machine, limits):
     check(machine)
-    flops = {setting.where: iteration_flops(setting, machine) for setting in (MASKED, DENSE)}
+    flops: dict[str, int] = {}
+    for setting in (MASKED, DENSE):
+        flops[setting.where] = distillers.iteration_flops(made(setting, machine, 1), flops)
     for batch, ours, theirs, target in RACES:
         steps, held, expected = {}, {}, {}
         for setting in (ours, theirs):
@@ -48,11 +50,6 @@ def bench_text_to_image_step(benchmark, machine, limits):
         estimate = expected[ours] if isinstance(held[ours], int) else held[ours]
         record(Figure(f"{what}, estimated", "measured", DENSITY, estimate, held[ours], "bytes at most"))
     benchmark.pedantic(steps[ours], rounds=1)
-
-
-def iteration_flops(setting: Setting, machine) -> int:
-    """Of a batch of one; a rehearsal does without, which takes as long as the rest of it."""
-    return sized(lambda: made(setting, machine, 1).flops()["total"], lambda: 1)()
 
 
 def made(setting: Setting, machine, batch: int):
