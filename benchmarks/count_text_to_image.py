@@ -94,7 +94,7 @@ class Counting:
 
     def rehearsal(self, setting: Setting) -> Any:
         """A copy without data that steps as ``setting`` says."""
-        distiller = self.distiller(_masked_as(setting))
+        distiller = self.distiller("all" if setting.where == "dense" else setting.where)
         text_to_image.set_checkpointing(distiller, setting.checkpointing)
         copied: Any = without_data(distiller)
         config = setting.config(BATCH, distiller.config.mask)
@@ -104,11 +104,6 @@ class Counting:
         for name in _dense(setting):
             train_all(copied, name)
         return copied
-
-
-def _masked_as(setting: Setting) -> str:
-    """Where the mask lies of the distiller that it is counted on."""
-    return "all" if setting.where == "dense" else setting.where
 
 
 def _dense(setting: Setting) -> tuple[str, ...]:

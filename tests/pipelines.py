@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +40,8 @@ def write_pipeline(folder: str | Path, prediction_type: str = "epsilon", safety_
     The same bytes at each call with the same arguments.
     """
     folder = Path(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        parts = {
-            "vae": _vae(),
-            "text_encoder": _text_encoder(),
-            "unet": _unet(),
-            "safety_checker": _safety_checker() if safety_checker else None,
-        }
+    checker = _safety_checker if safety_checker else type(None)
+    parts = _made(vae=_vae, text_encoder=_text_encoder, unet=_unet, safety_checker=checker)
     tokenizer = _tokenizer(folder / "words")
     scheduler = DDIMScheduler(
         **_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
@@ -62,25 +58,28 @@ def write_pipeline(folder: str | Path, prediction_type: str = "epsilon", safety_
     return _saved(pipeline, folder)
 
 
+def write_three(root: Path) -> Path:
+    """A pipeline ("original"), it with another UNet ("changed"), and that as a generator's folder ("one_step")."""
+    loaded = StableDiffusionPipeline.from_pretrained(write_pipeline(root / "original"), local_files_only=True)
+    betas = loaded.scheduler.betas[:626].tolist()
+    loaded.unet.conv_out.weight.data.mul_(0.5)
+    loaded.save_pretrained(root / "changed")
+    loaded.scheduler = EulerDiscreteScheduler(num_train_timesteps=626, trained_betas=betas, timestep_spacing="trailing")
+    loaded.save_pretrained(root / "one_step")
+    return root
+
+
 def write_xl_pipeline(folder: str | Path, force_zeros_for_empty_prompt: bool = True) -> Path:
     """A StableDiffusionXLPipeline folder: sizes as above, but prompts of width 32 + 24, and 20 for a whole one.
 
     Its second tokenizer pads with another token than the first, as the published one does.
     """
     folder = Path(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        parts = {
-            "vae": _vae(),
-            "text_encoder": _text_encoder(),
-            "text_encoder_2": CLIPTextModelWithProjection(_text_config(hidden_size=24, projection_dim=20)).eval(),
-            "unet": _unet(
-                cross_attention_dim=32 + 24,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=20 + 6 * 8,
-            ),
-        }
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    more |= {"cross_attention_dim": 32 + 24, "projection_class_embeddings_input_dim": 20 + 6 * 8}
+    parts = _made(
+        vae=_vae, text_encoder=_text_encoder, text_encoder_2=_text_encoder_2, unet=functools.partial(_unet, **more)
+    )
     pipeline = StableDiffusionXLPipeline(
         **parts,
         tokenizer=_tokenizer(folder / "words"),
@@ -92,6 +91,13 @@ def write_xl_pipeline(folder: str | Path, force_zeros_for_empty_prompt: bool = T
 
 
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def _made(**parts: Callable[[], Any]) -> dict[str, Any]:
+    """One after the other from one seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {name: make() for name, make in parts.items()}
 
 
 def _saved(pipeline: DiffusionPipeline, folder: Path) -> Path:
@@ -129,6 +135,10 @@ def _tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
 
 def _text_encoder() -> CLIPTextModel:
     return CLIPTextModel(_text_config()).eval()
+
+
+def _text_encoder_2() -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(_text_config(hidden_size=24, projection_dim=20)).eval()
 
 
 def _text_config(**changes: int) -> CLIPTextConfig:

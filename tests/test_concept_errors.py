@@ -123,6 +123,12 @@ def test_schedulers_that_cannot_be_trained_with(method, file, values, text, here
         (lambda base: (base / "text_encoder/model.safetensors").unlink(), "text_encoder: has no safetensors file"),
         (lambda base: checker(base, "pytorch_model.bin"), "safety_checker: has pytorch_model.bin alone, a pickle"),
         (lambda base: checker(base, "model.fp16.safetensors"), "has model.fp16.safetensors alone, a variant"),
+        (lambda base: checker(base, "model.bf16-00001-of-00002.safetensors"), 'variant="bf16", torch_dtype=torch.bf'),
+        (lambda base: checker(base, "model.non_ema.safetensors"), '(folder, variant="non_ema").save_pretrained('),
+        (
+            lambda base: checker(base, "other.safetensors"),
+            "expected model.safetensors or diffusion_pytorch_model.safetensors\n",
+        ),
         (lambda base: checker(base, "config.json"), "safety_checker: has no safetensors file"),
         (
             lambda base: (base / "vae/diffusion_pytorch_model.safetensors").rename(base / "vae/other.bin"),

@@ -12,43 +12,25 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.resnet import ResnetBlock2D
+from erasing import ESD, PECKER, unlearn, write_place
 from PIL import Image
-from pipelines import write_pipeline
 
-from pecker_fast import BlockMask, distill_masks
+from pecker_fast import BlockMask
 from pecker_fast.checkpoint import read_safetensors
-from pecker_fast.cli import main
 from pecker_fast.commands import before_after, concept_estimate, unlearn_concept
-from pecker_fast.commands.concept_job import Job
-from pecker_fast.commands.concept_training import Trained, sketch
+from pecker_fast.commands.concept_training import Trained
 from pecker_fast.commands.resuming import Training
-from pecker_fast.concepts import PipelineFolder, embed_prompts, recipe, replaced
+from pecker_fast.concepts import PipelineFolder, embed_prompts, replaced
 from pecker_fast.delta import Delta, Ledger
-from pecker_fast.parser import build_parser
 from pecker_fast.sampling import one_step_sample
-from pecker_fast.time_estimate import TimeEstimate
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "concepts.md"
 UNET = "unet/diffusion_pytorch_model.safetensors"
-FLAGS = (
-    *("--erase_concept", "cat", "--retain_prompts", "keep.txt", "--max_train_steps", "1", "--train_batch_size", "1"),
-    *("--device", "cpu", "--block", "row", "--num_validation_images", "0", "--quiet", "--mask", "random"),
-)
-PECKER = ("--method", "pecker", "--override_concept", "dog", "--generator_lr", "1e-3", "--max_train_steps", "2")
-ESD = ("--method", "esd", "--mask_density", "0.2", "--num_inference_steps", "2", "--learning_rate", "1e-3")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("concepts")
-    for kind in ("epsilon", "v_prediction"):
-        write_pipeline(folder / kind, kind)
-    (folder / "keep.txt").write_text("a dog\nthe red bird\n")
-    return folder
-
-
-ESTIMATE = concept_estimate.estimate
-"""Which takes seconds; but for its own test dry runs do without."""
+    return write_place(tmp_path_factory.mktemp("concepts"))
 
 
 @pytest.fixture(autouse=True)
@@ -56,13 +38,6 @@ def here(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr(concept_estimate, "estimate", lambda job: ({"seconds": 7.0}, "in seven seconds"))
     return place
-
-
-def unlearn(out, *flags, base="epsilon", code=0):
-    torch.manual_seed(0)
-    source = ("--pretrained_model_name_or_path", base, "--output_dir", str(out))
-    assert main(["unlearn", *source, *FLAGS, *flags]) == code
-    return Path(out)
 
 
 @pytest.fixture(scope="module")
@@ -312,26 +287,6 @@ def test_before_is_what_the_training_started_from(flags, folder, one_step, parts
 # -- what is told ----------------------------------------------------------------------------------
 
 
-def test_flags_are_settings(capsys):
-    flags = ("--guidance_scale", "1.5", "2", "3", "--prompt_dropout", "0", "--negative_prompt", "cat", "--negative_in")
-    more = ("fake_score", "true_score", "--micro_batch_size", "1", "--train_method", "xattn", "--t_init", "500")
-    unlearn("dry", *PECKER, *flags, *more, "--dry_run", "--json")
-    found = json.loads(capsys.readouterr().out)
-    settings = found["settings"]
-    assert settings["guidance"] == {
-        **{"fake_score_update": 1.5, "fake_score": 2.0, "true_score": 3.0, "dropout": 0.0},
-        "negative_in": ["fake_score", "true_score"],
-    }
-    assert (settings["micro_batch_size"], settings["t_init"], settings["share_frozen_weights"]) == (1, 500, True)
-    assert (settings["ema_decay"], settings["eps"], settings["fake_score_mask"]) == (None, 1e-6, "same")
-    assert all(".attn2." in prefix for prefix in settings["mask"]["region"])
-    assert "note" in found and settings["max_train_steps"] == 2  # nothing but the diffusion model to start from
-    assert found["parameters"]["model"] == 203204 > found["parameters"]["active_at_most"] > 0
-    assert "dry/model" in found["would_write"] and "dry/distill_config.json" in found["would_write"]
-    assert found["estimate"] == {"seconds": 7.0}
-    assert not Path("dry").exists()
-
-
 def test_what_folders_and_files_say_is_a_setting(plain, capsys):
     given = ("--mask_path", "plain/mask.safetensors", "--init_generator", "plain/model")
     unlearn("dry", *PECKER, "--mask_density", "0.3", *given, "--dry_run", "--json")
@@ -340,16 +295,6 @@ def test_what_folders_and_files_say_is_a_setting(plain, capsys):
     assert found["parameters"]["active_at_most"] == mask.numel
     assert (found["settings"]["mask"]["density"], found["settings"]["t_init"]) == (mask.density_asked, 625)
     assert "note" not in found
-
-
-@pytest.mark.parametrize(("method", "steps"), [("pecker", 25_000), ("distill", 25_000), ("esd", 200), ("salun", 200)])
-def test_steps_are_the_methods_own(method, steps, capsys):
-    base = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "dry", "--method", method)
-    assert (
-        main(["unlearn", *base, "--erase_concept", "cat", "--retain_prompts", "keep.txt", "--dry_run", "--json"]) == 0
-    )
-    found = json.loads(capsys.readouterr().out)["settings"]["max_train_steps"]
-    assert found == steps == recipe.STEPS.get(method, 25_000)
 
 
 @pytest.mark.parametrize(
@@ -366,28 +311,3 @@ def test_steps_are_the_methods_own(method, steps, capsys):
 def test_what_does_not_go_on_from_there(flags, text, plain, capsys):
     unlearn("none", *PECKER, *flags, code=2)
     assert text in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flags", [(*PECKER, "--mask", "saliency"), ESD], ids=["pecker", "esd"])
-def test_a_sketch_has_all_but_the_weights(flags, monkeypatch):
-    source = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "out", *FLAGS)
-    job = Job.read(build_parser().parse_args(["unlearn", *source, *flags, "--mixed_precision", "bf16"]))
-    monkeypatch.setattr(PipelineFolder, "tensors", None)
-    monkeypatch.setattr(distill_masks, "compute_saliency", None)
-    trainer = sketch(job)
-    assert 0.9 * job.active_at_most < trainer.active.numel <= job.active_at_most
-    assert {name: tuple(weight.shape) for name, weight in trainer.true_score.state_dict().items()} == job.base.shapes
-    assert {weight.dtype for weight in trainer.true_score.parameters()} == {torch.bfloat16}
-
-
-def test_what_a_dry_run_foretells(monkeypatch):
-    timed = TimeEstimate(steps=2, step_seconds=3.0, setup_seconds=1.0, flops_per_second=1e9, by="network")
-    monkeypatch.setattr(concept_estimate, "estimate_seconds", lambda trainer, steps, by: timed)
-    source = ("--pretrained_model_name_or_path", "epsilon", "--output_dir", "out", *FLAGS, *PECKER, "--mask", "random")
-    job = Job.read(build_parser().parse_args(["unlearn", *source, "--device", "cpu", "--guidance_scale", "1"]))
-    values, text = ESTIMATE(job)
-    memory, parts = values["memory_bytes"], values["memory_bytes"]["parts"]
-    assert memory["peak"] == memory["step"] > memory["held"] > 3 * 0.9 * 4 * 203204
-    assert parts["active_weights"] == parts["gradients"] <= 4 * 2 * job.active_at_most < 1.1 * parts["active_weights"]
-    assert (values["seconds"], values["step_seconds"]) == (7.0, 3.0)
-    assert "estimated memory on cpu" in text and "estimated time" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pecker_fast.score_model import PREDICTION_TYPES
 
 _STEM = WEIGHTS_NAME.partition(".")[0]
 _WITH_WEIGHTS = ("text_encoder", "text_encoder_2", "vae", "safety_checker")
+_VARIANT = re.compile(r"\.(\w+)(?:-[0-9]+-of-[0-9]+)?\.safetensors$")
 _OTHERS = ("text_encoder_3", "image_encoder", "transformer", "prior")
 _TIME_IDS = 6
 """Numbers that Stable Diffusion XL is told of an image: its size, where it was cropped, the size that is asked for."""
@@ -196,8 +198,8 @@ def check_safetensors(folder: Path) -> None:
         return
     if variants := sorted(path.name for path in folder.glob("*.safetensors")):
         raise FileFormatError(
-            f"{folder}: has {variants[0]} alone, a variant or an unknown name; expected {names[0]} or {names[2]}; "
-            f"{_again(_of_variant(variants[0]))}"
+            f"{folder}: has {variants[0]} alone, a variant or an unknown name; expected {names[0]} or {names[2]}"
+            f"{_hint_of_variant(variants[0])}"
         )
     if pickled := sorted(path.name for path in folder.glob("*.bin")):
         raise FileFormatError(
@@ -213,8 +215,10 @@ def _again(how: str) -> str:
     )
 
 
-def _of_variant(name: str) -> str:
-    """How a file such as model.fp16.safetensors is loaded."""
-    variant = name.split(".")[1]
+def _hint_of_variant(name: str) -> str:
+    """What to do with a file such as model.fp16.safetensors; nothing is known of other names."""
+    found = _VARIANT.search(name)
+    if found is None:
+        return ""
     dtypes = {"fp16": ", torch_dtype=torch.float16", "bf16": ", torch_dtype=torch.bfloat16"}
-    return f'variant="{variant}"{dtypes.get(variant, "")}'
+    return "; " + _again(f'variant="{found[1]}"{dtypes.get(found[1], "")}')
