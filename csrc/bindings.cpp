@@ -25,34 +25,6 @@ SaliencyKind checked_kind(int kind) {
   return static_cast<SaliencyKind>(kind);
 }
 
-ScatterTable scatter_table(Address dense_pointers, Address dense_dtypes, Address run_parameter,
-                           Address run_dense_offset, Address run_flat_offset, Address tile_run,
-                           std::int64_t num_parameters, std::int64_t num_runs) {
-  check(num_parameters >= 0 && num_runs >= 0, "expected num_parameters >= 0 and num_runs >= 0");
-  check(num_runs == 0 ||
-            (dense_pointers && dense_dtypes && run_parameter && run_dense_offset && run_flat_offset),
-        "expected the addresses of all five arrays of the scatter table when num_runs > 0");
-  return {at<std::int64_t>(dense_pointers),
-          at<std::int32_t>(dense_dtypes),
-          at<std::int32_t>(run_parameter),
-          at<std::int64_t>(run_dense_offset),
-          at<std::int64_t>(run_flat_offset),
-          at<std::int64_t>(tile_run),
-          num_parameters,
-          num_runs};
-}
-
-// A table in host memory is read here; the dtypes of one on a device are checked by whoever fills it.
-void check_host_table(const ScatterTable& table, std::int64_t numel) {
-  if (table.num_runs == 0) return;
-  check(table.run_flat_offset[0] == 0 && table.run_flat_offset[table.num_runs] == numel,
-        "expected run_flat_offset to start at 0 and to end at numel");
-  for (std::int64_t p = 0; p < table.num_parameters; ++p) {
-    check(0 <= table.dense_dtypes[p] && table.dense_dtypes[p] < kDenseDtypes,
-          "expected dense_dtypes of 0 (float32), 1 (bfloat16), 2 (float16) or 3 (float64)");
-  }
-}
-
 void checked_step_cpu(const AdamwBuffers& buffers, const AdamwSettings& settings, const ScatterTable& table,
                       int threads) {
   check(threads >= 1, "expected threads >= 1");
@@ -119,10 +91,6 @@ void def_scatter(py::module_& m, const char* name, const char* doc, const py::ar
 }
 
 #if PECKER_CUDA
-void check_device_table(const ScatterTable& table) {
-  check(table.num_runs == 0 || table.tile_run, "expected the address of tile_run when num_runs > 0");
-}
-
 void checked_step_cuda(const AdamwBuffers& buffers, const AdamwSettings& settings, const ScatterTable& table,
                        Address step_tensor, Address lr_tensor, bool lr_is_double, Address constants,
                        std::uintptr_t stream) {
@@ -217,6 +185,7 @@ be 0.)";
                    "threads"_a);
   def_scatter(m, "scatter_cpu", "Copies a flat buffer to the dense tensors.", "threads"_a,
               checked_scatter_cpu);
+  bind_reconcile(m);
   bind_select(m);
   m.def("accumulate_saliency_cpu", checked_accumulate,
         "Adds a gradient, its magnitude or its square to a running saliency of the same layout.",

@@ -63,6 +63,10 @@ PECKER_HOST_DEVICE float to_float(float x) {
   return x;
 }
 
+PECKER_HOST_DEVICE float to_float(double x) {
+  return static_cast<float>(x);
+}
+
 PECKER_HOST_DEVICE float to_float(Bfloat16 x) {
   return float_of(std::uint32_t{x.bits} << 16);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -140,12 +141,27 @@ class ScatterTable:
         """Plain-torch twin of ``scatter_``."""
         stretches = values.split([target.mask.numel for target in self.targets])
         for number, (target, stretch) in enumerate(zip(self.targets, stretches, strict=True)):
-            if target.dense is None:
-                continue
-            if number not in self._index:
-                self._index[number] = target.memory_index().to(values.device)
-            memory = target.dense.detach().as_strided((target.dense.numel(),), (1,))
-            memory.index_copy_(0, self._index[number], stretch.to(memory.dtype))
+            if target.dense is not None:
+                self._memory(target.dense).index_copy_(0, self._index_of(number), stretch.to(target.dense.dtype))
+
+    def active(self, number: int) -> Tensor:
+        """The active weights of a dense tensor, in the order of the flat buffer: (n,), a copy."""
+        return self._memory(cast(Tensor, self.targets[number].dense))[self._index_of(number)]
+
+    def write_active_(self, number: int, weights: Tensor) -> None:
+        """The other way; the dense tensor's version counter stays."""
+        dense = cast(Tensor, self.targets[number].dense)
+        self._memory(dense.data).index_copy_(0, self._index_of(number), weights)
+
+    def _index_of(self, number: int) -> Tensor:
+        """Where the active weights of a dense tensor lie in its memory, made when plain torch first needs it."""
+        if number not in self._index:
+            self._index[number] = self.targets[number].memory_index().to(self.device)
+        return self._index[number]
+
+    @staticmethod
+    def _memory(dense: Tensor) -> Tensor:
+        return dense.detach().as_strided((dense.numel(),), (1,))
 
 
 def native_table(tensors: list[Tensor]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The CUDA kernels of masked_adamw and scatter, compiled as C++ and run on the CPU: what needs no GPU to be tested."""
+"""The CUDA kernels of masked_adamw, scatter and reconcile, compiled as C++ and run on the CPU: no GPU needed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from adamw import DTYPES, SETTINGS, Model, assert_same_bits, buffers, clone, gradients, run
 
+from pecker_fast.reconcile import dense_checksums, reconcile_
 from pecker_fast.scatter import native_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,13 @@ extern "C" void step(const pecker::AdamwBuffers* b, const pecker::AdamwSettings*
 }
 extern "C" void scatter(const float* value, std::int64_t numel, const pecker::ScatterTable* t) {
   pecker::scatter_cuda(value, numel, *t, 0);
+}
+extern "C" void checksums(std::int64_t numel, const pecker::ScatterTable* t, std::int64_t base, std::uint64_t* sums) {
+  pecker::dense_checksums_cuda(numel, *t, base, sums, 0);
+}
+extern "C" void reconcile(float* value, std::int64_t numel, const pecker::ScatterTable* t, const bool* written,
+                          bool follow, std::int64_t base, std::uint64_t* sums) {
+  pecker::reconcile_cuda(value, numel, *t, {written, follow}, base, sums, 0);
 }
 """
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -51,7 +59,9 @@ def kernels(tmp_path_factory):
         to = folder / path.relative_to(ROOT / "csrc")
         to.parent.mkdir(exist_ok=True)
         to.write_text(LAUNCH.sub(r"launch_on_host(\1, \2, \3)(", path.read_text()))
-    (folder / "all.cpp").write_text(f'#include "cuda/masked_adamw.cu"\n#include "cuda/scatter.cu"\n{ENTRY}')
+    (folder / "all.cpp").write_text(
+        f'#include "cuda/masked_adamw.cu"\n#include "cuda/scatter.cu"\n#include "cuda/reconcile.cu"\n{ENTRY}'
+    )
     options = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-shared"]
     options += [f"-I{ROOT / 'tests' / 'cuda_on_host'}"]
     if Path(COMPILER).name.startswith(
@@ -104,6 +114,38 @@ def test_the_scatter_writes_the_active_weights_and_no_other_bit(kernels, dtype, 
         else:
             kernels.scatter(ADDRESS(state["value"].data_ptr()), INT(n), ctypes.byref(table_of(model)))
         model.check(state["value"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", ["row", (4, 3), "element"])
+@pytest.mark.parametrize("follow", [False, True])
+def test_reconciling_is_what_the_cpu_does(kernels, dtype, block, follow):
+    shapes, base = [(40, 30), (7, 9), (64, 40), (4, 8, 3, 3)], 17
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Model(shapes, block, 0.4, [dtype, torch.float32]))
+    table, n = models[0].table, models[0].numel
+    value = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    for model in models:
+        model.table.scatter_(value)
+        for target in model.table.targets[::2]:
+            target.dense.view(-1)[::5] = 3.0
+    expected = dense_checksums(models[1].table, torch.float32, base)
+    sums = torch.zeros_like(expected)
+    kernels.checksums(INT(n), ctypes.byref(table_of(models[0])), INT(base), ADDRESS(sums.data_ptr()))
+    assert torch.equal(sums, expected)
+    written = torch.tensor([True, True, False, False])
+    ours, theirs = value + 1.0 * (torch.arange(n) % 3 == 0), value + 1.0 * (torch.arange(n) % 3 == 0)
+    expected = reconcile_(theirs, models[1].table, written, follow=follow, base=base)
+    sums.zero_()
+    kernels.reconcile(
+        *(ADDRESS(ours.data_ptr()), INT(n), ctypes.byref(table_of(models[0])), ADDRESS(written.data_ptr())),
+        *(ctypes.c_bool(follow), INT(base), ADDRESS(sums.data_ptr())),
+    )
+    assert torch.equal(sums, expected) and torch.equal(ours, theirs) and not torch.equal(ours, value)
+    for one, other in zip(table.targets, models[1].table.targets, strict=True):
+        assert torch.equal(one.dense, other.dense)
 
 
 def test_unaligned_buffers_go_element_by_element(kernels):

@@ -150,6 +150,7 @@ const SpanKernels PECKER_ISA::kernels = {
     fence,
     &PECKER_ISA::select_kernels,
     &PECKER_ISA::accumulate_kernels,
+    &PECKER_ISA::reconcile_kernels,
 };
 
 }  // namespace pecker

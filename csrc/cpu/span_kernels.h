@@ -7,6 +7,7 @@
 #include "../masked_adamw.h"
 #include "../scatter.h"
 #include "accumulate_kernels.h"
+#include "reconcile_kernels.h"
 #include "select_kernels.h"
 
 namespace pecker {
@@ -25,22 +26,26 @@ struct SpanKernels {
   void (*fence)();
   const SelectKernels* select;
   const AccumulateKernels* accumulate;
+  const ReconcileKernels* reconcile;
 };
 
 namespace avx512 {
 extern const SpanKernels kernels;
 extern const SelectKernels select_kernels;
 extern const AccumulateKernels accumulate_kernels;
+extern const ReconcileKernels reconcile_kernels;
 }
 namespace avx2 {
 extern const SpanKernels kernels;
 extern const SelectKernels select_kernels;
 extern const AccumulateKernels accumulate_kernels;
+extern const ReconcileKernels reconcile_kernels;
 }
 namespace scalar {
 extern const SpanKernels kernels;
 extern const SelectKernels select_kernels;
 extern const AccumulateKernels accumulate_kernels;
+extern const ReconcileKernels reconcile_kernels;
 }
 
 }  // namespace pecker

@@ -44,6 +44,13 @@ void __stcs(T* pointer, T x) {
   *pointer = x;
 }
 
+template <typename T>
+T atomicAdd(T* pointer, T x) {
+  const T before = *pointer;
+  *pointer += x;
+  return before;
+}
+
 struct Index {
   unsigned x = 0;
 };
