@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import distributed, step_hooks
-from pecker_fast.flat_store import FlatStore
+from pecker_fast.arrangement import arrange
 from pecker_fast.layers import MaskedConv2d, MaskedLinear
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE, Survey
 from pecker_fast.ops.weight_grad_ways import chosen_ways
+from pecker_fast.synced_store import SyncedStore
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class ActiveParameters(FlatStore):
+class ActiveParameters(SyncedStore):
     """The active weights of a masked model in one flat buffer, block after block, and their gradients in another.
 
     Each masked layer owns an ``nn.Parameter`` that is a view of the buffer. Weights with every block active and
@@ -58,9 +60,10 @@ class ActiveParameters(FlatStore):
         self.found = found
         self.ema_shard: distributed.Shard | None = None
         self._agreed: tuple[BlockMask, object] | None = None
-        self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._trained: set[str] = set()
+        self._warned: set[str] = set()
         self._all_trained = False
+        self._requires_grad = True
         super().__init__(model, mask, layers, frozenset(adopted))
         step_hooks.watch(self)
 
@@ -87,27 +90,53 @@ class ActiveParameters(FlatStore):
             self.bind_()
             self.grads.zero_()
 
-    def check_gradients(self) -> None:
-        """Before a step: refuse active parameters that have never had a gradient.
+    def check_gradients(self) -> list[str]:
+        """Before a step: which active parameters have no gradient, so that an optimizer passes over them.
+
+        A layer that did not run in this step has none. One that never ran so far is warned of, once.
+
+        Returns:
+            Names of their dense weights.
 
         Raises:
-            RuntimeError: Their module's forward does not use them, so they would only decay.
+            RuntimeError: None has ever had a gradient, or somebody switched ``requires_grad`` off.
         """
         if self._all_trained and self._seal is not None and self._seal.has_all_grads:
-            return  # bind_() has just looked at every one
-        never = []
+            return []  # bind_() has just looked at every one
+        skipped, switched_off = [], []
         for entry, parameter in self._entries_parameters():
             if parameter.grad is not None:
                 self._trained.add(entry.name)
-            elif entry.name not in self._trained:
-                never.append(entry.name)
-            else:
-                self._view(self.grads, entry).zero_()  # no gradient this time: the buffer still holds an old one
+                continue
+            skipped.append(entry.name)
+            entry.view(self.grads).zero_()  # the buffer still holds an old one
+            if self._requires_grad and not parameter.requires_grad:
+                switched_off.append(entry.name)
         self._all_trained = len(self._trained) == len(self._entries)
-        if never:
+        if switched_off:
             raise RuntimeError(
-                f"{len(never)} active weights have never had a gradient: {', '.join(never[:3])}. Either backward() was "
-                f"not called, or the model reads them without calling their module; leave those out of the mask"
+                f"{len(switched_off)} active weights have requires_grad=False: {', '.join(switched_off[:3])}. "
+                f"Something switched it off after apply_mask (add_adapter of diffusers and peft does); call "
+                f"active.requires_grad_(True) to train them, or active.requires_grad_(False) to leave them alone"
+            )
+        if not self._trained:
+            raise RuntimeError(
+                f"{len(skipped)} active weights have never had a gradient: {', '.join(skipped[:3])}. Call backward() "
+                f"before the step; if you did, the model reads them without calling their modules: leave those out of "
+                f"the mask"
+            )
+        self._warn_of_untrained(skipped)
+        return skipped
+
+    def _warn_of_untrained(self, skipped: Sequence[str]) -> None:
+        never = [name for name in skipped if name not in self._trained and name not in self._warned]
+        self._warned.update(never)
+        if never:
+            warnings.warn(
+                f"{len(never)} active weights have had no gradient so far and are passed over: "
+                f"{', '.join(never[:3])}. That is right for layers that did not run yet; a model that reads a weight "
+                f"without calling its module cannot train it, so leave such weights out of the mask",
+                stacklevel=4,
             )
 
     @torch.no_grad()
@@ -159,6 +188,7 @@ class ActiveParameters(FlatStore):
 
     def requires_grad_(self, requires_grad: bool = True) -> None:
         """Switch gradients of the active parameters on or off, as ``nn.Module.requires_grad_`` does."""
+        self._requires_grad = requires_grad
         for _, parameter in self._entries_parameters():
             parameter.requires_grad_(requires_grad)
 
@@ -174,7 +204,7 @@ class ActiveParameters(FlatStore):
             RuntimeError: No running average is kept.
         """
         average = self._whole_ema()
-        self.bind_()
+        self.sync_()
         trained = self.values.clone()
         try:
             self.values.copy_(average)
@@ -202,17 +232,13 @@ class ActiveParameters(FlatStore):
             The model.
 
         Raises:
-            RuntimeError: A dense weight was changed behind the store's back, or no running average is kept.
+            RuntimeError: No running average is kept, or a module has lost one of its weights. The model stays masked.
         """
-        self.check()
-        self.bind_()
+        self.sync_()
         if ema:
             self.values.copy_(self._whole_ema())
             self.scatter_()
-        self._uninstall()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._required_grad[name])
-        del self.model.__dict__[STORE]
+        self._leave(self._own_memory())
         step_hooks.forget(self)
         return self.model
 
@@ -223,13 +249,14 @@ class ActiveParameters(FlatStore):
         Weights that leave keep the values they have; gradients are dropped.
 
         Raises:
-            RuntimeError: A dense weight was changed behind the store's back; nothing is changed.
+            RuntimeError: A module has lost one of its weights, or memory runs out; nothing is changed.
         """
-        self.check()
-        self.bind_()
-        self._uninstall()
-        self._install(mask, layers)
+        self.sync_()
+        arrangement, own = arrange(self.modules, mask, layers, self._adopted), self._own_memory()
+        self._uninstall(own)
+        self._install(arrangement)
         self.bump_versions()
+        self.remember_()
 
     def weight_gradients(self) -> dict[str, str]:
         """How the gradient of each masked weight of a linear layer or convolution is computed.
@@ -241,7 +268,7 @@ class ActiveParameters(FlatStore):
         """
         found = {}
         for entry in self._entries:
-            layer = self._module(entry)
+            layer = self.modules[entry.module]
             if not isinstance(layer, (MaskedLinear, MaskedConv2d)) or entry.own != "weight" or entry.adopted:
                 continue
             if layer.wants_dense_gradient(entry.own):
@@ -269,8 +296,9 @@ class ActiveParameters(FlatStore):
         return f"ActiveParameters({self.numel:,} weights of {model} in {len(self._entries)} parameters)"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Addresses and modules of the model that this is a copy of would outlive it.
-        return self.__dict__ | {"_table": None, "_seal": None, "_owners": {}, "_views": [], "_agreed": None}
+        # Addresses in the model that this is a copy of would outlive it.
+        fresh: dict[str, Any] = {"_table": None, "_seal": None, "_views": [], "_parts": {}}
+        return self.__dict__ | fresh | {"_agreed": None, "running": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -56,7 +56,7 @@ def apply_mask(
     found = survey(model)
     dense = found.refused if unmaskable == "dense" else {}
     check_mask(model, mask, found, dense)
-    layers = layers_to_swap(model, mask, found)
+    layers = layers_to_swap(dict(model.named_modules()), mask, found)
     _refuse_parts_of_masked_models(model, layers)
     if shared:
         _own_weights(model, mask, dense)
@@ -155,12 +155,12 @@ def _refuse_parts_of_masked_models(model: nn.Module, layers: Collection[str]) ->
             )
 
 
-def layers_to_swap(model: nn.Module, mask: BlockMask, found: Survey) -> list[str]:
+def layers_to_swap(modules: Mapping[str, nn.Module], mask: BlockMask, found: Survey) -> list[str]:
     """Modules with active blocks, and frozen convolutions, which would keep their input for nothing."""
     owners = {name.rpartition(".")[0] for name, parameter in mask.parameters.items() if parameter.numel}
     maskable = {name.rpartition(".")[0] for name in found.maskable}
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if name in owners or (isinstance(module, nn.Conv2d) and name in maskable)
     ]

@@ -100,8 +100,7 @@ def _write(distiller: Distiller, folder: Path, tensors: dict[str, Tensor], extra
 def _state(network: nn.Module, optimizer: MaskedAdamW) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Of one network all tensors that change, and the numbers of its optimizer."""
     active = optimizer.active
-    active.check()
-    active.bind_()
+    active.sync_()
     state = optimizer.state_dict()["state"].get(0, {})
     flat = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     tensors = {"values": active.values} | {f"optimizer.{name}": tensor for name, tensor in flat.items()}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import step_hooks
+from pecker_fast.arrangement import Arrangement, arrange, dense_parameters, same_place, view_of
 from pecker_fast.layers import SUFFIX, mask_layer, unmask_layer
-from pecker_fast.layout import Entry, lay_out
+from pecker_fast.layout import Entry
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE
 from pecker_fast.scatter import ScatterTable, Target
@@ -18,59 +19,76 @@ from pecker_fast.seal import Seal, Slot
 
 
 class FlatStore:
-    """The buffers of ``ActiveParameters``: laid out, bound to the model's parameters, copied into its dense weights.
+    """The buffers of ``ActiveParameters``: laid out, and bound to the model's parameters.
 
     Attributes:
         model: The masked model.
+        modules: All its modules by the names that they had when it was masked.
         mask: Its mask.
         values: Active weights (numel,).
         grads: Their gradients, same shape.
         ema: Running average of the weights or of a part of them, or None.
     """
 
+    mask: BlockMask
+    values: Tensor
+    grads: Tensor
+
     def __init__(self, model: nn.Module, mask: BlockMask, layers: Sequence[str], adopted: frozenset[str]) -> None:
         """Turn ``layers`` of ``model`` into masked ones; weights that are ``adopted`` train dense."""
         self.model = model
+        self.modules = dict(model.named_modules())
         self.ema: Tensor | None = None
         self._adopted = adopted
+        self._layers: list[nn.Module] = []
+        self._required_grad = {name: p.requires_grad for name, p in dense_parameters(self.modules).items()}
+        self._entries: tuple[Entry, ...] = ()
+        self._active: list[nn.Parameter] = []
+        arrangement = arrange(self.modules, mask, layers, adopted)
         model.__dict__[STORE] = self
-        self._install(mask, layers)
+        self._install(arrangement)
 
-    def _install(self, mask: BlockMask, layers: Sequence[str]) -> None:
-        """Turn ``layers`` of the dense model into masked ones, and lay their active weights out in new buffers."""
-        parameters = dict(self.model.named_parameters())
-        self.mask = mask
-        self._swapped = tuple(layers)
-        self._owners: dict[str, nn.Module] = {}
+    def _install(self, arrangement: Arrangement) -> None:
+        """Turn the layers of the dense model into masked ones; nothing here can fail."""
+        for parameter in dense_parameters(self.modules).values():
+            parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer would apply it, frozen or not
+        for layer, masks, masters in arrangement.layers:
+            mask_layer(layer, masks, masters)
+        for parameter, view in zip(arrangement.active, arrangement.views, strict=True):
+            parameter.data = view
+            parameter.requires_grad_(True)
+        self.mask = arrangement.mask
+        self.values, self.grads = arrangement.values, arrangement.grads
+        self._layers = [layer for layer, _, _ in arrangement.layers]
+        self._entries, self._active = arrangement.entries, arrangement.active
         self._views: list[tuple[Tensor, Tensor]] = []
         self._table: ScatterTable | None = None
+        self._split: list[tuple[Entry, nn.Parameter]] = []  # weights that train as a whole in another dtype
         self._seal: Seal | None = None
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in self._adopted)
-            parameter.grad = None  # an optimizer would apply it, frozen or not
-        # Masters are float32, but those of a float64 model must not lose digits.
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters.values()) else torch.float32
-        for layer in layers:
-            masks = {own: mask.parameters.get(_join(layer, own)) for own in ("weight", "bias")}
-            mask_layer(self.model.get_submodule(layer), {own: m for own, m in masks.items() if m and m.numel}, dtype)
-        self._entries = lay_out(parameters, mask, self._adopted)
-        device = next(self._entries_parameters())[1].device
-        self.values = torch.zeros(self.numel, dtype=dtype, device=device)
-        self.grads = torch.zeros_like(self.values)
-        self.bind_()
 
-    def _uninstall(self) -> None:
-        """The other way: ordinary layers with dense weights of their own."""
-        for entry, parameter in self._entries_parameters():
-            dense = self._dense(entry)
-            if _same_place(dense, self._view(self.values, entry)):
-                dense.data = dense.data.clone()  # its own memory again; strides are kept
-            if entry.adopted:
-                dense.grad = None
+    def _uninstall(self, own: dict[str, Tensor]) -> None:
+        """The other way: ordinary layers whose dense weights have memory of their own; nothing here can fail.
+
+        Args:
+            own: Name -> what a weight that is its own active parameter holds from now on.
+        """
+        for entry, parameter in zip(self._entries, self._active, strict=True):
+            if entry.name in own:
+                parameter.data = own[entry.name]
+                parameter.grad = None
             else:
                 step_hooks.abandon(entry.name, parameter)
-        for module_name in self._swapped:
-            unmask_layer(self.model.get_submodule(module_name))
+        for layer in self._layers:
+            unmask_layer(layer)
+        for name, parameter in dense_parameters(self.modules).items():
+            if name in self._required_grad:  # an adapter may have brought others
+                parameter.requires_grad_(self._required_grad[name])
+
+    def _own_memory(self) -> dict[str, Tensor]:
+        """Copies of the weights that are views of the buffer, strides kept: what ``_uninstall`` takes."""
+        trained = zip(self._entries, self._active, strict=True)
+        return {entry.name: p.data.clone() for entry, p in trained if self._dense(entry) is p}
 
     @property
     def numel(self) -> int:
@@ -96,18 +114,14 @@ class FlatStore:
         for entry, parameter in self._entries_parameters():
             yield entry.name, parameter
 
-    def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        """Name of the dense weight, the dense weight, and its active parameter."""
-        for entry in self._entries:
-            held = self._module(entry)._parameters
-            dense = held[entry.own]
-            yield entry.name, cast(nn.Parameter, dense), cast(nn.Parameter, held.get(entry.own + SUFFIX, dense))
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter | None, nn.Parameter]]:
+        """Name of the dense weight, the dense weight (None: gone from its module), and its active parameter."""
+        for entry, parameter in zip(self._entries, self._active, strict=True):
+            yield entry.name, self._held(entry).get(entry.own), parameter
 
     def _entries_parameters(self) -> Iterator[tuple[Entry, nn.Parameter]]:
         self._check_installed()
-        for entry in self._entries:
-            parameter = self._module(entry)._parameters[entry.own if entry.adopted else entry.own + SUFFIX]
-            yield entry, cast(nn.Parameter, parameter)
+        yield from zip(self._entries, self._active, strict=True)
 
     def _check_installed(self) -> None:
         if self.model.__dict__.get(STORE) is not self:  # the model may have another store by now
@@ -116,26 +130,17 @@ class FlatStore:
                 f"ActiveParameters.of(model) is the store that a model has now"
             )
 
+    def _held(self, entry: Entry) -> dict[str, nn.Parameter | None]:
+        """Where the module of a weight keeps its parameters."""
+        return cast("dict[str, nn.Parameter | None]", self.modules[entry.module]._parameters)
+
     def _dense(self, entry: Entry) -> nn.Parameter:
-        return cast(nn.Parameter, self._module(entry)._parameters[entry.own])
-
-    def _module(self, entry: Entry) -> nn.Module:
-        """The owner of a parameter, looked up once: names are what a copy of the model can rely on."""
-        if entry.module not in self._owners:
-            self._owners[entry.module] = self.model.get_submodule(entry.module)
-        return self._owners[entry.module]
-
-    def _view(self, flat: Tensor, entry: Entry) -> Tensor:
-        """The stretch of a flat buffer that belongs to one parameter, in that parameter's shape."""
-        return entry.shaped(entry.stretch(flat))
+        return cast(nn.Parameter, self._held(entry)[entry.own])
 
     def _all_views(self) -> list[tuple[Tensor, Tensor]]:
         """Every parameter's stretch of the values and of the gradients, made once for as long as the buffers stay."""
         if not self._views:
-            self._views = [
-                (_with_own_storage(self._view(self.values, entry)), self._view(self.grads, entry))
-                for entry in self._entries
-            ]
+            self._views = [(view_of(self.values, entry), entry.view(self.grads)) for entry in self._entries]
         return self._views
 
     # -- views -------------------------------------------------------------------------------------
@@ -146,37 +151,52 @@ class FlatStore:
 
         Cheap where nothing was replaced: it compares addresses. ``zero_grad(set_to_none=True)``, ``deepcopy``,
         ``.to(device)`` and DDP's ``gradient_as_bucket_view`` all replace them.
+
+        Raises:
+            RuntimeError: The mask was removed, or a module has lost one of its weights.
         """
         self._check_installed()
         if self._seal is not None and self._seal.tensors_hold():
             if self._seal.grads_hold():
                 return
         else:
+            self._check_held()
             self._bind_values()
         self._bind_grads()
         self._seal = Seal(self._slots(), trained=len(self._entries))
 
+    def _check_held(self) -> None:
+        lost = [entry.name for entry in self._entries if self._held(entry).get(entry.own) is None]
+        if lost:
+            raise RuntimeError(
+                f"{len(lost)} weights of the masked {type(self.model).__name__} are gone from their modules: "
+                f"{', '.join(lost[:3])}. Pruning, a weight norm or a parametrization after apply_mask takes them away; "
+                f"undo it, and apply it before apply_mask or after active.remove()"
+            )
+
     def _bind_values(self) -> None:
         self._follow_device()
         self._table = None
-        for (entry, parameter), (value, _) in zip(self._entries_parameters(), self._all_views(), strict=True):
+        for entry, parameter, (value, _) in zip(self._entries, self._active, self._all_views(), strict=True):
+            held = self._held(entry)
+            if not entry.adopted and (found := held.get(entry.own + SUFFIX)) is not parameter:
+                if found is not None:  # another object, and its values: the optimizer has ours
+                    parameter.data = found.data
+                held[entry.own + SUFFIX] = parameter
             if parameter.dtype != self.values.dtype:
                 raise RuntimeError(
                     f"{entry.name} trains dense and was converted to {parameter.dtype}; convert the model before "
                     f"apply_mask, or keep unmaskable weights frozen"
                 )
-            if not _same_place(parameter, value):
+            if not same_place(parameter, value):
                 value.copy_(parameter.data)
                 parameter.data = value
-            dense = self._dense(entry)
-            if self._aliases(entry, dense) and not _same_place(dense, value):
-                dense.data = value
 
     def _bind_grads(self) -> None:
         """Gradients that are no views are copied together, in one launch or a few: there may be hundreds."""
         views, strays, owners = [], [], []
-        for (_, parameter), (_, view) in zip(self._entries_parameters(), self._all_views(), strict=True):
-            if parameter.grad is not None and not _same_place(parameter.grad, view):
+        for parameter, (_, view) in zip(self._active, self._all_views(), strict=True):
+            if parameter.grad is not None and not same_place(parameter.grad, view):
                 views.append(view)
                 strays.append(parameter.grad)
                 owners.append(parameter)
@@ -187,41 +207,26 @@ class FlatStore:
 
     def _slots(self) -> list[Slot]:
         """Where modules hold the active parameters, and then the dense weights."""
-        held = [self._module(entry)._parameters for entry in self._entries]
+        held = [self._held(entry) for entry in self._entries]
         active = [entry.own if entry.adopted else entry.own + SUFFIX for entry in self._entries]
         dense = [entry.own for entry in self._entries]
         return [*zip(held, active, strict=True), *zip(held, dense, strict=True)]
 
-    def _aliases(self, entry: Entry, dense: Tensor) -> bool:
-        """Whether the dense weight can be a view of the buffer: nothing to scatter then."""
-        return entry.mask.is_full and dense.dtype == self.values.dtype and dense.device == self.values.device
-
     def _follow_device(self) -> None:
-        device = next(self._entries_parameters())[1].device
+        device = self._active[0].device
         if device != self.values.device:
             self.values, self.grads, self._views = self.values.to(device), self.grads.to(device), []
             self.ema = None if self.ema is None else self.ema.to(device)
 
-    # -- into the dense weights --------------------------------------------------------------------
-
     def scatter_table(self) -> ScatterTable:
         """Where the buffer goes in the dense weights, as ``bind_()`` last found them."""
+        self.bind_()
         if self._table is None:
-            self.bind_()
-            pairs = [(entry, self._dense(entry)) for entry in self._entries]
-            targets = [
-                Target(e.mask, None if e.adopted or self._aliases(e, d) else d.detach(), e.channels_last)
-                for e, d in pairs
-            ]
+            pairs = [(entry, self._dense(entry), p) for entry, p in zip(self._entries, self._active, strict=True)]
+            self._split = [(entry, p) for entry, dense, p in pairs if dense is not p and entry.mask.is_full]
+            targets = [Target(e.mask, None if dense is p else dense.detach(), e.channels_last) for e, dense, p in pairs]
             self._table = ScatterTable(targets, self.values.device)
         return self._table
-
-    @torch.no_grad()
-    def scatter_(self) -> None:
-        """Copy the active weights into the dense ones, as every step of any optimizer does."""
-        self.bind_()
-        self.scatter_table().scatter_(self.values)
-        self.bump_versions()
 
     def bump_versions(self) -> None:
         """Tell autograd that dense weights changed, so that a stale backward raises instead of mixing two states."""
@@ -239,44 +244,7 @@ class FlatStore:
         if entry is None:
             raise KeyError(f"{name!r} has no active blocks; weights with some: {', '.join(self.names[:5])}, ...")
         if entry.mask.is_full:
-            return self._view(flat, entry).clone(memory_format=torch.contiguous_format)
+            return entry.view(flat).clone(memory_format=torch.contiguous_format)
         dense = flat.new_zeros(entry.mask.grid.numel)
         dense[entry.mask.index_on(flat.device, entry.channels_last)] = entry.stretch(flat)
         return dense.view(entry.mask.grid.shape)
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """Compare the dense weights with the active ones, exactly.
-
-        Raises:
-            RuntimeError: A dense weight was changed behind the store's back.
-        """
-        for entry, parameter in self._entries_parameters():
-            dense = self._dense(entry)
-            if entry.adopted or _same_place(dense, parameter):
-                continue
-            active = entry.mask.gather(dense.data, entry.channels_last).reshape(parameter.shape)
-            expected = parameter.data.to(dense.dtype)
-            if not torch.equal(active.nan_to_num(0.0), expected.nan_to_num(0.0)):
-                changed = int((active != expected).sum())
-                raise RuntimeError(
-                    f"{entry.name}: {changed} of {active.numel()} active weights were changed outside the optimizer; "
-                    f"change the active parameter (active.named_parameters()) instead, then call active.scatter_()"
-                )
-
-
-def _join(module: str, own: str) -> str:
-    return f"{module}.{own}" if module else own
-
-
-def _with_own_storage(view: Tensor) -> Tensor:
-    """The same memory under a storage of its own.
-
-    Accelerate takes weights that share a storage for tied ones, and leaves all but one out of its checkpoints.
-    """
-    with torch.cuda.device_of(view):  # else it is refused where another GPU is the current one
-        return torch.utils.dlpack.from_dlpack(view) if view.numel() else view
-
-
-def _same_place(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()

@@ -34,15 +34,23 @@ class MaskedLayer(nn.Module):
     Attributes:
         masks: Own name of a weight -> its active blocks; only weights that have some.
         channels_last: Own name of a weight -> order of its active weights, as in ``ParameterMask.index``.
+        store: Reference to the masked model's store (``ActiveParameters``); None where ``score_blocks`` alone listens.
         scored: Own name of a weight -> where its gradient is summed over blocks, while ``score_blocks`` listens.
     """
 
     masks: dict[str, ParameterMask]
     channels_last: dict[str, bool]
+    store: Callable[[], Any] | None = None
     scored: Mapping[str, Sums] = MappingProxyType({})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy belongs to another store, which introduces itself.
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("store", None)
+        return state
+
     def master(self, name: str) -> nn.Parameter | None:
-        """The active weights of ``name``, or None if it is frozen."""
+        """The active weights of ``name``, or None if it is frozen; the weight itself if it trains as a whole."""
         return self._parameters.get(name + SUFFIX)
 
     def linked(self, name: str) -> Tensor | None:
@@ -50,8 +58,18 @@ class MaskedLayer(nn.Module):
         dense, master = self._parameters[name], self.master(name)
         if dense is None:
             return None
-        weight = dense if master is None else link(dense, master, self.masks[name], self.channels_last[name])
+        weight: Tensor = dense
+        if master is not None and master is not dense:
+            weight = link(dense, master, self.masks[name], self.channels_last[name])
         return score(weight, *self.scored[name]) if name in self.scored else weight
+
+    def sync(self) -> None:
+        """Bring this layer's weights together, where the forward of the masked model has not done it just now."""
+        if torch.compiler.is_compiling() or self.store is None or (store := self.store()) is None:
+            return
+        # Within a backward pass a checkpoint computes again what has been computed, with the same weights.
+        if not store.running and torch._C._current_graph_task_id() == -1:
+            store.sync_layer(self)
 
     def wants_dense_gradient(self, name: str) -> bool:
         """Whether the whole gradient of a weight is computed: most of it is active, or all its blocks are scored."""
@@ -62,19 +80,36 @@ class MaskedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLayer:
         """Masters follow the device, never the dtype: ``.half()`` narrows the dense weights only."""
-        masters = {name + SUFFIX: self._parameters.pop(name + SUFFIX) for name in self.masks}
-        super()._apply(fn, recurse)
-        for name, master in masters.items():
-            if master is not None:
-                device = fn(master.detach().new_empty(0)).device
-                if device != master.device:
-                    master.data = master.data.to(device)
-                    master.grad = None if master.grad is None else master.grad.to(device)
-            self._parameters[name] = master
+        masters = {name: cast(nn.Parameter, self._parameters.pop(name + SUFFIX)) for name in self.masks}
+        whole = [name for name, master in masters.items() if self._parameters[name] is master]
+        for name in whole:  # a stand-in is converted, and is what the weight becomes if its dtype changes
+            self._parameters[name] = nn.Parameter(masters[name].detach(), requires_grad=False)
+        try:
+            super()._apply(fn, recurse)
+        except BaseException:  # out of memory, say
+            self._parameters.update({name: masters[name] for name in whole})
+            raise
+        else:
+            for name, master in masters.items():
+                self._follow_device(name, master, whole=name in whole)
+        finally:
+            self._parameters.update({name + SUFFIX: master for name, master in masters.items()})
         return self
+
+    def _follow_device(self, name: str, master: nn.Parameter, whole: bool) -> None:
+        dense = cast(nn.Parameter, self._parameters[name])
+        if whole and dense.dtype == master.dtype:
+            master.data = dense.data
+            self._parameters[name] = master
+        elif dense.device != master.device:
+            master.data = master.data.to(dense.device)
+        if master.grad is not None and master.grad.device != master.device:
+            master.grad = master.grad.to(master.device)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The keys are those of the dense model: masters are a part of the dense weights."""
+        if self.store is not None and (store := self.store()) is not None:
+            store.sync_layer(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.masks:
             destination.pop(prefix + name + SUFFIX, None)
@@ -90,23 +125,22 @@ class MaskedLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """A dense checkpoint loads strictly: masters are gathered from its dense weights."""
-        gathered = []
-        for name, mask in self.masks.items():
-            dense = state_dict.get(prefix + name)
-            if dense is not None and tuple(dense.shape) == mask.grid.shape:
-                master = cast(nn.Parameter, self.master(name))
-                active = mask.gather(dense.detach(), self.channels_last[name])
-                state_dict[prefix + name + SUFFIX] = active.to(master.dtype).view(master.shape)
-                gathered.append(prefix + name + SUFFIX)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        for name in self.masks:
-            key = prefix + name + SUFFIX
-            if key in missing_keys:  # its dense weight is missing too, and that is reported
-                missing_keys.remove(key)
-        for key in gathered:
-            del state_dict[key]
+        masters = {name: cast(nn.Parameter, self._parameters.pop(name + SUFFIX)) for name in self.masks}
+        whole = [name for name, master in masters.items() if self._parameters[name] is master]
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._parameters.update({name + SUFFIX: master for name, master in masters.items()})
+        for name, master in masters.items():
+            dense, mask = state_dict.get(prefix + name), self.masks[name]
+            if dense is None or tuple(dense.shape) != mask.grid.shape:  # which is reported
+                continue
+            with torch.no_grad():  # the checkpoint may have more digits than the dense weight
+                master.copy_(mask.gather(dense.detach(), self.channels_last[name]).view(master.shape))
+            if name in whole:  # load_state_dict(assign=True) has put another parameter there
+                self._parameters[name] = master
 
 
 class MaskedLinear(MaskedLayer, nn.Linear):
@@ -114,6 +148,7 @@ class MaskedLinear(MaskedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
+        self.sync()
         master = self.master("weight")
         if master is None or self.wants_dense_gradient("weight"):
             return F.linear(input, cast(Tensor, self.linked("weight")), self.linked("bias"))
@@ -134,6 +169,7 @@ class MaskedConv2d(MaskedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Conv2d``."""
+        self.sync()
         master = self.master("weight")
         if self.wants_dense_gradient("weight"):
             return cast(Tensor, self._conv_forward(input, cast(Tensor, self.linked("weight")), self.linked("bias")))
@@ -160,6 +196,7 @@ class MaskedEmbedding(MaskedLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Embedding``."""
+        self.sync()
         return F.embedding(input, cast(Tensor, self.linked("weight")), self.padding_idx)
 
 
@@ -172,6 +209,7 @@ class MaskedGroupNorm(MaskedLayer, nn.GroupNorm):
         With channels-last input that needs no gradient while weight or bias do (the first norm above a frozen prefix)
         torch 2.13 ends in a segmentation fault; an input that asks for a gradient takes another path.
         """
+        self.sync()
         weight, bias = self.linked("weight"), self.linked("bias")
         wanted = next((p for p in (weight, bias) if p is not None and p.requires_grad), None)
         if wanted is not None and not input.requires_grad and input.dim() == 4 and input.device.type == "cpu":
@@ -184,6 +222,7 @@ class MaskedLayerNorm(MaskedLayer, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.LayerNorm``."""
+        self.sync()
         return F.layer_norm(input, self.normalized_shape, self.linked("weight"), self.linked("bias"), self.eps)
 
 
@@ -192,12 +231,14 @@ class MaskedRMSNorm(MaskedLayer, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.RMSNorm``."""
+        self.sync()
         return F.rms_norm(x, self.normalized_shape, self.linked("weight"), self.eps)
 
 
 class _MaskedBatchNorm(MaskedLayer):
     def forward(self, input: Tensor) -> Tensor:
         """As the batch norm it stands for."""
+        self.sync()
         norm = cast(nn.BatchNorm2d, self)
         norm._check_input_dim(input)
         use_batch = norm.training or norm.running_mean is None
@@ -252,24 +293,29 @@ what it measures for each mask (``ops/weight_grad_ways.py``).
 """
 
 
-def mask_layer(module: nn.Module, masks: Mapping[str, ParameterMask], dtype: torch.dtype) -> None:
-    """Turn ``module`` into a masked layer, in place; ``masks`` are those of its weights that have active blocks."""
+def mask_layer(module: nn.Module, masks: Mapping[str, ParameterMask], masters: Mapping[str, nn.Parameter]) -> None:
+    """Turn ``module`` into a masked layer, in place.
+
+    Args:
+        module: Of a class in ``MASKED_CLASSES``.
+        masks: Active blocks of its weights that have some, by own name.
+        masters: Their active weights, shaped ``compact_shape``; the weight itself where it trains as a whole.
+    """
     register_flops()
     module.__class__ = MASKED_CLASSES[type(module)]
     layer = cast(MaskedLayer, module)
     layer.masks = dict(masks)
     layer.channels_last = {name: is_channels_last(getattr(layer, name)) for name in masks}
-    for name, mask in masks.items():
-        active = mask.gather(getattr(layer, name).detach(), layer.channels_last[name])
-        layer.register_parameter(name + SUFFIX, nn.Parameter(active.to(dtype, copy=True)))
+    layer._parameters.update({name + SUFFIX: master for name, master in masters.items()})
 
 
 def unmask_layer(module: nn.Module) -> None:
     """Undo ``mask_layer``; the dense weights stay as they are."""
     layer = cast(MaskedLayer, module)
     for name in layer.masks:
-        del layer._parameters[name + SUFFIX]
+        layer._parameters.pop(name + SUFFIX, None)
     del layer.masks, layer.channels_last
+    vars(layer).pop("store", None)
     module.__class__ = next(plain for plain, masked in MASKED_CLASSES.items() if masked is type(module))
 
 

@@ -38,6 +38,10 @@ class Entry:
         """Its part of a flat buffer."""
         return flat[self.offset : self.offset + self.mask.numel]
 
+    def view(self, flat: Tensor) -> Tensor:
+        """Its part of a flat buffer in the active parameter's shape and strides."""
+        return self.shaped(self.stretch(flat))
+
     def shaped(self, stretch: Tensor) -> Tensor:
         """A stretch as a view of the active parameter's shape and strides."""
         shape = self.mask.compact_shape

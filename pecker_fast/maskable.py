@@ -89,6 +89,8 @@ def survey(model: nn.Module) -> Survey:
 def _why_not(module: nn.Module, own_name: str, parameter: nn.Parameter, uses: int) -> str | None:
     if type(module) not in MASKABLE_TYPES:
         return f"{type(module).__name__} is not a layer that can be masked"
+    if (computed := _computed(module)) is not None:
+        return computed
     if own_name not in ("weight", "bias"):
         return f"{type(module).__name__} computes its weight from it (a parametrization)"
     if uses > 1:
@@ -106,6 +108,21 @@ def _why_not(module: nn.Module, own_name: str, parameter: nn.Parameter, uses: in
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
         return "an embedding with max_norm, sparse or scale_grad_by_freq"
     return None
+
+
+def _computed(module: nn.Module) -> str | None:
+    """Why a layer's weight is not what trains: a hook writes it before each forward, out of other parameters."""
+    lost = [own for own in ("weight", "bias") if hasattr(module, own) and own not in module._parameters]
+    if not lost:
+        return None
+    hooks = {hook for hook in _HOOKS for h in module._forward_pre_hooks.values() if hook in type(h).__module__}
+    if hooks:
+        return f"{hooks.pop()} computes the layer's {lost[0]} in a hook; remove it from the layer to mask that"
+    return f"the layer's {lost[0]} is not a parameter of its own"
+
+
+_HOOKS = ("weight_norm", "spectral_norm", "prune")
+"""Modules of torch.nn.utils whose hooks take a weight away and set it anew before each forward."""
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -13,6 +14,7 @@ from pecker_fast.active import ActiveParameters
 from pecker_fast.distributed import RANK, WORLD_SIZE, Shard, check_shard, group_or_default
 from pecker_fast.ops.accumulate_saliency import Accumulate
 from pecker_fast.ops.masked_adamw import masked_adamw_
+from pecker_fast.scatter import ScatterTable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,6 +88,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             kinds = ", ".join(get_args(Accumulate))
             raise ValueError(f"MaskedAdamW: saliency: expected one of {kinds} or None, got {saliency!r}")
         self.active = active
+        self.mask = active.mask
         self.backend = backend
         self.shard: Shard | None = None
         if shard_group is not None:
@@ -118,7 +121,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # As torch's, and the store: a deep copy of model and optimizer together steps the copied model.
-        own = {"active": self.active, "backend": self.backend, "shard": self.shard}
+        own = {"active": self.active, "mask": self.mask, "backend": self.backend, "shard": self.shard}
         return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -140,42 +143,80 @@ class MaskedAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         active, group = self.active, self.param_groups[0]
-        if group["params"][0] is not next(active.named_parameters())[1]:
+        if self.mask is not active.mask:
             raise RuntimeError("MaskedAdamW: the mask was changed without this optimizer; give it to change_mask too")
         if active.values.is_cuda and not group["capturable"] and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "MaskedAdamW: a CUDA graph would repeat the step of this one number; make it with capturable=True"
             )
         active.bind_()
-        active.check_gradients()
-        state = self._state()
+        active.adopt_()
+        state, skipped = self._state(), active.check_gradients()
+        if len(skipped) == len(active.entries):
+            return loss
         state["step"] += 1
-        clip_value, ema_decay = group["clip_value"], group["ema_decay"]
-        for there, here in [(slice(None), slice(None))] if self.shard is None else self.shard.stretches:
-            masked_adamw_(
-                active.values[there],
-                active.grads[there],
-                _cut(state.get("exp_avg"), here),
-                state["exp_avg_sq"][here],
-                step=state["step"],
-                lr=_rate(group),
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                clip_value=math.inf if clip_value is None else clip_value,
-                ema=_cut(active.ema, here),
-                ema_decay=ema_decay or 0.0,
-                saliency=_cut(state.get("saliency"), here),
-                saliency_kind=group["saliency"] or "abs",
-                scatter=active.scatter_table() if self.shard is None else None,
-                backend=self.backend,
-            )
+        parts = self._parts(state, skipped)
+        fused = self.shard is None and len(parts) == 1
+        for part in parts:
+            self._update(part, state, active.scatter_table() if fused else None)
         if self.shard is not None:
             self.shard.gather_(active.values)
+        if not fused:
             active.scatter_table().scatter_(active.values)
         active.bump_versions()
+        active.remember_()
         return loss
+
+    def _update(self, part: _Part, state: dict[str, Any], scatter: ScatterTable | None) -> None:
+        """One stretch of the buffer, and of the state, by one step."""
+        active, group, there, here = self.active, self.param_groups[0], part.there, part.here
+        clip_value, ema_decay = group["clip_value"], group["ema_decay"]
+        ema = _cut(active.ema, here)
+        if part.skipped:  # its average goes on
+            if ema is not None:
+                ema.add_((active.values[there] - ema).mul_(1 - ema_decay))
+            return
+        masked_adamw_(
+            active.values[there],
+            active.grads[there],
+            _cut(state.get("exp_avg"), here),
+            state["exp_avg_sq"][here],
+            step=state["step"] - part.missed if part.missed else state["step"],
+            lr=_rate(group),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            clip_value=math.inf if clip_value is None else clip_value,
+            ema=ema,
+            ema_decay=ema_decay or 0.0,
+            saliency=_cut(state.get("saliency"), here),
+            saliency_kind=group["saliency"] or "abs",
+            scatter=scatter,
+            backend=self.backend,
+        )
+
+    def _parts(self, state: dict[str, Any], skipped: Sequence[str]) -> list[_Part]:
+        """The buffer in stretches of parameters that have had equally many steps: nearly always one.
+
+        Parameters without a gradient are passed over, as ``torch.optim.AdamW`` does, and their bias corrections count
+        the steps that they took. ``state["missed"]`` says how many they did not.
+        """
+        missed: dict[str, int] = state.get("missed", {})
+        for name in skipped:
+            missed[name] = missed.get(name, 0) + 1
+        if not missed:
+            runs = [_Part(slice(0, self.active.numel), slice(0, self.active.numel))]
+        else:
+            state["missed"] = missed
+            passed_over, runs = set(skipped), []
+            for entry in self.active.entries:
+                there = slice(entry.offset, entry.offset + entry.mask.numel)
+                run = _Part(there, there, missed.get(entry.name, 0), entry.name in passed_over)
+                runs = [*runs[:-1], runs[-1].extended(there)] if runs and runs[-1].continues(run) else [*runs, run]
+        if self.shard is None:
+            return runs
+        return [part for run in runs for stretch in self.shard.stretches if (part := run.within(*stretch))]
 
     def _state(self) -> dict[str, Any]:
         """Flat state for the whole store, kept under its first parameter so that ``state_dict`` works as it is."""
@@ -183,7 +224,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         group, values = self.param_groups[0], self.active.values
         if not state:
             own = values if self.shard is None else self.shard.part_of(values)
-            state["step"] = 0
+            state["step"] = 0  # of the store; ["missed"] has what single parameters did not take
             if self.shard is not None:
                 state |= {RANK: self.shard.rank, WORLD_SIZE: self.shard.world_size}
             if group["betas"][0]:
@@ -234,7 +275,9 @@ class MaskedAdamW(torch.optim.Optimizer):
             if isinstance(buffer, Tensor) and name != "step":
                 moved = carried(name, buffer if old is None else old.gather(buffer))
                 state[name] = moved if new is None else new.part_of(moved)
-        group["params"], self.shard = self.active.parameters(), new
+        group["params"], self.shard, self.mask = self.active.parameters(), new, self.active.mask
+        if "missed" in state:
+            state["missed"] = {name: n for name, n in state["missed"].items() if name in self.active.names}
         if state:
             self.state[group["params"][0]] = state
             self._state()
@@ -265,6 +308,40 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         if state_dict["state"]:
             self._state()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of the buffer whose parameters have had equally many steps.
+
+    Attributes:
+        there: Where it lies in the buffer.
+        here: Where it lies in the state, of which a shard has a part.
+        missed: Steps that its parameters did not take.
+        skipped: Whether this is one of them.
+    """
+
+    there: slice
+    here: slice
+    missed: int = 0
+    skipped: bool = False
+
+    def continues(self, other: _Part) -> bool:
+        """Whether ``other``, which comes next, can be updated together with it."""
+        return (self.missed, self.skipped) == (other.missed, other.skipped)
+
+    def extended(self, there: slice) -> _Part:
+        """Up to the end of what comes next."""
+        longer = slice(self.there.start, there.stop)
+        return replace(self, there=longer, here=longer)
+
+    def within(self, there: slice, here: slice) -> _Part | None:
+        """What lies in one stretch of a shard, or None."""
+        start, stop = max(self.there.start, there.start), min(self.there.stop, there.stop)
+        moved = here.start - there.start
+        return (
+            replace(self, there=slice(start, stop), here=slice(start + moved, stop + moved)) if start < stop else None
+        )
 
 
 def _rate(group: dict[str, Any]) -> float | Tensor:

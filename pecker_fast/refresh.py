@@ -55,7 +55,7 @@ def change_mask(active: ActiveParameters, mask: BlockMask, *optimizers: torch.op
             f"change_mask: {len(missed)} active parameters ({', '.join(missed[:3])}) are in no optimizer that was "
             f"given; give every optimizer that holds some"
         )
-    active.replace_mask(mask, layers_to_swap(active.model, mask, active.found))
+    active.replace_mask(mask, layers_to_swap(active.modules, mask, active.found))
     after = _trained(active)
     newcomers = [name for name in after if name not in before]
     for optimizer in optimizers:

@@ -52,7 +52,7 @@ def score_blocks(model: nn.Module, block: Block | None = None, kind: ScoreKind =
         for layer in layers:
             module = model.get_submodule(layer)
             if not isinstance(module, MaskedLayer):
-                mask_layer(module, {}, torch.float32)
+                mask_layer(module, {}, {})
                 swapped.append(module)
             prefix = f"{layer}." if layer else ""
             owned = {own: prefix + own for own in ("weight", "bias") if prefix + own in grids}

@@ -53,7 +53,8 @@ class Seal:
         return [None if grad is None else grad.data_ptr() for grad in self._grads] == self._grad_addresses
 
     def _held(self) -> list[Tensor]:
-        return list(map(dict.__getitem__, self._dicts, self._names))
+        # None where a module has lost one.
+        return [cast(Tensor, held.get(name)) for held, name in zip(self._dicts, self._names, strict=True)]
 
     def _where(self) -> list[int]:
         return list(map(_address, self._tensors))

@@ -20,15 +20,15 @@ class Store(Protocol):
 
     model: nn.Module
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The active parameters."""
-        ...
-
-    def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    def pairs(self) -> Iterator[tuple[str, nn.Parameter | None, nn.Parameter]]:
         """Name, dense weight and active parameter."""
         ...
 
-    def check_gradients(self) -> None:
+    def adopt_(self) -> None:
+        """Take over what others wrote into dense weights."""
+        ...
+
+    def check_gradients(self) -> list[str]:
         """Refuse a step without gradients."""
         ...
 
@@ -69,7 +69,7 @@ def _stores_of(optimizer: torch.optim.Optimizer) -> list[Store]:
     if not _stores or getattr(optimizer, "scatters_itself", False):
         return []
     held = _held(optimizer)
-    return [store for store in _stores if any(id(parameter) in held for parameter in store.parameters())]
+    return [store for store in _stores if any(id(active) in held for _, _, active in store.pairs())]
 
 
 def _refuse_abandoned(optimizer: torch.optim.Optimizer) -> None:
@@ -112,6 +112,8 @@ def _before_any_step(
     if not _stores or getattr(optimizer, "scatters_itself", False):
         return None
     stores = _stores_to_serve(optimizer)
+    for store in stores:
+        store.adopt_()
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if stores and callable(closure):
         following = _with_dense_weights_following(closure, stores)

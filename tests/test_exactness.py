@@ -39,12 +39,19 @@ def lion(parameters, decay):
     return pytest.importorskip("lion_pytorch").Lion(parameters, lr=LR, weight_decay=decay)
 
 
+def schedule_free(parameters, decay):
+    optimizer = pytest.importorskip("schedulefree").SGDScheduleFree(parameters, lr=LR, weight_decay=decay)
+    optimizer.train()
+    return optimizer
+
+
 OPTIMIZERS = {
     "SGD": sgd(0.0),
     "SGD momentum": sgd(0.9),
     "Adam": lambda parameters, decay: torch.optim.Adam(parameters, lr=LR, weight_decay=decay),
     "AdamW": lambda parameters, decay: torch.optim.AdamW(parameters, lr=LR, weight_decay=decay),
     "Lion": lion,
+    "schedule-free": schedule_free,
 }
 MASKED_OPTIMIZERS = {
     name: lambda active, decay, make=make: make(active.parameters(), decay) for name, make in OPTIMIZERS.items()

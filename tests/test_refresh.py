@@ -212,10 +212,6 @@ def test_refused_changes_change_nothing():
         change_mask(active, second, opt)
     with pytest.raises(ValueError, match="not made for this"):
         change_mask(active, BlockMask.random(Zoo(), 0.3))
-    with torch.no_grad():
-        model.get_parameter(active.names[0]).add_(1)
-    with pytest.raises(RuntimeError, match="changed outside"):
-        change_mask(active, second)
     assert active.mask is first and all(a is b for a, b in zip(active.parameters(), parameters, strict=True))
 
 
@@ -246,7 +242,8 @@ def test_scores_are_block_sums_of_the_dense_gradient_and_training_goes_on(masked
         for name in active.names:
             expected = 2 * dense.get_parameter(name).grad * active.mask.to_dense(name)
             torch.testing.assert_close(active.to_dense(active.grads, name), expected, rtol=1e-3, atol=1e-6)
-        frozen = [p for n, p in model.named_parameters() if not n.endswith("_active")]
+        trained = {id(p) for p in active.parameters()}
+        frozen = [p for p in model.parameters() if id(p) not in trained]
         assert all(p.grad is None and not p.requires_grad for p in frozen)
     else:
         for name, p in model.named_parameters():

@@ -23,16 +23,15 @@ DTYPES = {"float32": torch.int32, "bfloat16": torch.int16, "float16": torch.int1
 
 
 def tensors_of(model: Weights) -> dict[str, Tensor]:
-    """The state dict of a model; of a masked one the dense weights, after checking that they are what trains.
+    """The state dict of a model; of a masked one the dense weights, which are what trains.
 
     Raises:
-        RuntimeError: A masked model's dense weights were changed outside its optimizer.
         ValueError: An entry is no tensor, or has no memory of its own.
     """
     if isinstance(model, nn.Module):
         for module in model.modules():
             if STORE in module.__dict__:
-                ActiveParameters.of(module).check()
+                ActiveParameters.of(module).sync_()
         model = model.state_dict()
     for name, tensor in model.items():
         if not isinstance(tensor, Tensor):

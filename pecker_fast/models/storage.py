@@ -73,7 +73,6 @@ def save(
 
     Raises:
         FileFormatError: The folder cannot be written.
-        RuntimeError: A masked model's dense weights were changed outside its optimizer.
         TypeError: The model is of another class.
         ValueError: ``generation`` is incomplete or out of range, ``dtype`` cannot hold the weights, or
             ``max_shard_size`` not even one of them.
@@ -103,7 +102,7 @@ def write_model(
         _check_generation(generation)
     for module in model.modules():
         if STORE in vars(module):
-            vars(module)[STORE].check()
+            vars(module)[STORE].sync_()
     if DELTAS_ATTRIBUTE in model.__dict__:
         write_json(Path(folder) / DELTAS_NAME, model.__dict__[DELTAS_ATTRIBUTE])
     save_pretrained = getattr(model, "save_pretrained", None)
