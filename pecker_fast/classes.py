@@ -104,6 +104,16 @@ class Classes:
             raise ValueError(f"{_NAMES}, {_UNSEEN}: expected lists, got {names!r:.80} and {unseen!r:.80}")
         return cls(count, None if names is None else tuple(names), tuple(unseen))
 
+    @classmethod
+    def listed_in(cls, values: Mapping[str, Any]) -> Classes | None:
+        """From what ``to_dict`` gave, where nothing else says how many there are; None if there are no names.
+
+        Raises:
+            ValueError: They are damaged.
+        """
+        names = values.get(_NAMES)
+        return None if names is None else cls.from_dict(values, len(names) if isinstance(names, list) else 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Entries of a ``config.json``; what is not known is left out."""
         names = {} if self.names is None else {_NAMES: list(self.names)}
@@ -240,9 +250,21 @@ def check_same(sides: Mapping[str, Classes]) -> str | None:
     if not unnamed:
         return None
     return (
-        f"{', '.join(unnamed)}: {'has' if len(unnamed) == 1 else 'have'} no names of classes, so that only their number "
-        f"was compared; {_NAMES} in a config.json or an npz gives them"
+        f"no names of classes: {', '.join(unnamed)}; only the number of classes was compared ({_NAMES} in config.json "
+        f"or an npz gives them)"
     )
+
+
+def check_networks(networks: Mapping[str, nn.Module | None]) -> None:
+    """Refuse networks that carry classes, but not the same; those that carry none are not looked at.
+
+    Raises:
+        ValueError: Two differ.
+    """
+    carried = {name: Classes.of_module(network) for name, network in networks.items() if network is not None}
+    known = {name: classes for name, classes in carried.items() if classes is not None}
+    if known:
+        check_same(known)
 
 
 def _check_names(first: str, one: Classes, second: str, other: Classes) -> None:

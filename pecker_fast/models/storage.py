@@ -215,7 +215,7 @@ def load(folder: StrPath, dtype: torch.dtype | None = None) -> nn.Module:
             name: weight.to(wanted) if weight.is_floating_point() else weight for name, weight in weights.items()
         }
     model.load_state_dict(weights, assign=True)
-    Classes.from_dict(config, int(model.config["num_classes"])).put_on(model)  # type: ignore[index,arg-type]
+    Classes.from_dict(config, int(model.config["num_classes"])).put_on(model)  # type: ignore[index]
     deltas = Path(folder) / DELTAS_NAME
     if deltas.exists():
         model.__dict__[DELTAS_ATTRIBUTE] = read_json(deltas)
