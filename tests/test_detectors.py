@@ -234,7 +234,7 @@ def test_a_classifier_refuses(tmp_path):
         Classifier(tmp_path / "none", 0)
     judge = DigitsClassifier(width=2, image_size=16, channels=3, num_classes=4)
     models.save(judge, tmp_path / "judge")
-    with pytest.raises(ValueError, match="unknown class 4; the classifier has 0 to 3"):
+    with pytest.raises(ValueError, match="unknown class 4; the model has classes 0 to 3"):
         Classifier(tmp_path / "judge", 4)
     with pytest.raises(ValueError, match="expected labels 0 to 3, got 9"):
         Classifier(tmp_path / "judge", 0).measure(IMAGES, [EvaluationPrompt("a", label=9)] * 3)

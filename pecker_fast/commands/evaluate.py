@@ -57,7 +57,8 @@ def run(options: argparse.Namespace) -> Outcome:
     given = None if options.images is None or options.dry_run else read_images(options.images, task.shape)
     real = None if options.train_data_dir is None or options.dry_run else _real(options, task)
     classes = _agreed(options, task, given, real)
-    _check_pair(options)
+    if options.judge is not None and options.train_data_dir is None:
+        raise ValueError("--judge: compares with real images; name them with --train_data_dir")
     asked = chosen(options, replace(classes, unseen=task.classes.unseen))  # a model may well never have known a class
     if options.dry_run:
         return _planned(options, classes, asked)
@@ -93,11 +94,6 @@ def _check_flags(options: argparse.Namespace) -> None:
     )
     if options.forget_class is None:
         raise ValueError("--forget_class: expected the classes that were forgotten")
-
-
-def _check_pair(options: argparse.Namespace) -> None:
-    if options.judge is not None and options.train_data_dir is None:
-        raise ValueError("--judge: compares with real images; name them with --train_data_dir")
     if options.judge is None and options.train_data_dir is not None:
         raise ValueError("--train_data_dir: the judge of the digits knows nothing else; name another with --judge")
 

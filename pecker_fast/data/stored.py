@@ -169,8 +169,9 @@ def checked_names(source: Path, labels: Indices, names: Sequence[str] | None) ->
     classes = _MAX_CLASSES if names is None else len(names)
     bad = ((labels < 0) | (labels >= classes)).nonzero()[0]
     if len(bad):
+        hint = "; leave out images that have no class" if labels[bad[0]] < 0 else ""
         raise FileFormatError(
-            f"{source}: label {labels[bad[0]]} of image {bad[0]} is out of range; expected 0 to {classes - 1}"
+            f"{source}: label {labels[bad[0]]} of image {bad[0]} is out of range; expected 0 to {classes - 1}{hint}"
         )
     return tuple(names) if names is not None else tuple(map(str, range(int(labels.max(initial=-1)) + 1)))
 
