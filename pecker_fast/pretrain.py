@@ -1,7 +1,7 @@
 """Training from scratch: the noise-predicting teacher and the classifier that judges its samples."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -269,6 +269,10 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def _take_classes(model: nn.Module, data: ImageData) -> None:
     """Let the model carry the classes of ``data``, or go on with those that it has: what it saw once, it has seen."""
     classes, earlier = Classes.of_images(data), Classes.of_module(model)
+    settings = getattr(model, "config", None)
+    count = settings.get("num_classes", classes.count) if isinstance(settings, Mapping) else classes.count
+    if count != classes.count:
+        raise ValueError(f"data: expected {count} classes, the model's, got {classes.count}")
     if earlier is not None:
         check_same({"the model": earlier, "data": classes})
         unseen = tuple(label for label in classes.unseen if label in earlier.unseen)

@@ -235,6 +235,22 @@ def test_an_erasure_keeps_them(tmp_path, method):
     assert Classes.listed_in(delta.metadata) == ANIMALS
 
 
+def test_names_of_another_number_of_classes_are_refused_before_they_are_written(tmp_path):
+    network = carrying(DDPMUNet(**TINY, num_classes=3), "a", "b")
+    with pytest.raises(ValueError, match="class_names: expected 3 different names"):
+        models.save(network, tmp_path / "m", DDIM)
+    with pytest.raises(ValueError, match="data: expected 3 classes, the model's, got 2"):
+        train_classifier(DigitsClassifier(width=4, num_classes=3), images("ab"), steps=1, batch_size=2, progress=False)
+    assert not (tmp_path / "m").exists()
+
+
+def test_parts_of_one_data_set_name_the_first_class_that_differs(tmp_path):
+    for part, names in (("train", ("a", "b", "c")), ("test", ("a", "c", "b"))):
+        image_sets.npz(tmp_path / f"{part}.npz", image_sets.random_pixels(3, 8), range(3), names)
+    with pytest.raises(FileFormatError, match="class 1 is 'c' there, else 'b'"):
+        load_dataset(tmp_path, split="all")
+
+
 def test_older_folders_are_read_and_stay_as_they_are(tmp_path):
     network = DDPMUNet(**TINY, num_classes=3)
     models.save(network, tmp_path / "old", DDIM)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pecker_fast import models
+from pecker_fast.classes import Classes
 from pecker_fast.detectors import DETECTORS, Classifier, Detector, External, NudeNet, load_detector, sha256_of
 from pecker_fast.errors import FileFormatError, NonFiniteError
 from pecker_fast.models import DDPMUNet, DigitsClassifier
@@ -227,6 +228,18 @@ def test_images_are_made_to_fit_a_classifier(tmp_path):
     found = Classifier(tmp_path / "judge", 1).measure(flat, PROMPTS[:1])
     logits = judge(torch.full((1, 1, 8, 8), 102 / 127.5 - 1))
     np.testing.assert_allclose(found["probability"], logits.softmax(1)[:, 1].detach().numpy(), rtol=1e-5)
+
+
+def test_a_classifier_knows_its_classes_by_name(tmp_path):
+    judge = DigitsClassifier(width=2, image_size=16, channels=3, num_classes=3)
+    Classes(3, ("cat", "big dog", "cow"), unseen=(2,)).put_on(judge)
+    models.save(judge, tmp_path / "judge")
+    described = Classifier(tmp_path / "judge", "big dog").describe()
+    assert (described["class"], described["class_names"]) == (1, ["big dog"])
+    with pytest.raises(ValueError, match="unknown class 'dog'"):
+        Classifier(tmp_path / "judge", "dog")
+    with pytest.raises(ValueError, match=r"class 2 \(cow\) has no image"):
+        Classifier(tmp_path / "judge", "cow")
 
 
 def test_a_classifier_refuses(tmp_path):

@@ -142,10 +142,12 @@ def joined(source: Path, parts: Sequence[StoredImages]) -> StoredImages:
     """
     names = max((part.class_names for part in parts), key=len)
     for part in parts:
-        if part.shape != parts[0].shape or part.class_names != names[: len(part.class_names)]:
+        other = next((pair for pair in zip(part.class_names, names, strict=False) if pair[0] != pair[1]), None)
+        if part.shape != parts[0].shape or other is not None:
+            first = "" if other is None else f": class {names.index(other[1])} is {other[0]!r} there, else {other[1]!r}"
             raise FileFormatError(
                 f"{part.source}: {len(part.class_names)} classes of {part.shape} do not go with the "
-                f"{len(parts[0].class_names)} of {parts[0].shape} of {parts[0].source}"
+                f"{len(parts[0].class_names)} of {parts[0].shape} of {parts[0].source}{first}"
             )
 
     def read(indices: Indices) -> Iterator[Pixels]:

@@ -78,8 +78,8 @@ def save(
         FileFormatError: The folder cannot be written.
         RuntimeError: A masked model's dense weights were changed outside its optimizer.
         TypeError: The model is of another class.
-        ValueError: ``generation`` is incomplete or out of range, ``dtype`` cannot hold the weights, or
-            ``max_shard_size`` not even one of them.
+        ValueError: ``generation`` is incomplete or out of range, the model carries the names of another number of
+            classes, ``dtype`` cannot hold the weights, or ``max_shard_size`` not even one of them.
     """
     if _CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(
@@ -117,6 +117,8 @@ def write_model(
         write_json(Path(folder) / "generation.json", dict(generation or {}) | known)
         return
     name = type(model).__name__
+    if classes is not None and _CLASSES.get(name) is type(model):
+        Classes.from_dict(known, int(model.config["num_classes"]))  # type: ignore[index]  # refuses others' names
     config: dict[str, Any] = {
         "_class_name": name,
         "_format_version": FORMAT_VERSION,
