@@ -135,8 +135,9 @@ def _agreed(options: argparse.Namespace, task: _Task, given: ImageData | None, r
         unseen |= set(model.unseen)
         tell_unseen(f"what {options.model} was trained on", model)
     if given is not None:
-        own = Classes.of_images(given)  # without names of some classes only, perhaps, whose numbers are looked at later
-        met[str(options.images)] = own if own.named else Classes(task.classes.count)
+        own, count = Classes.of_images(given), task.classes.count
+        # Images without names may be of the first classes only; their numbers are looked at later.
+        met[str(options.images)] = own if own.named else Classes(count, tuple(map(str, range(count))))
     if real is not None:
         met[str(options.train_data_dir)] = name_unseen(f"{options.train_data_dir} ({options.split})", real)
     same_classes(met)

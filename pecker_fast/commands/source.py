@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pecker_fast import models
 from pecker_fast.classes import Classes
-from pecker_fast.commands.classes import chosen, classes_of, retain_of
+from pecker_fast.commands.classes import chosen, retain_of
 from pecker_fast.commands.dataset import load_images
 from pecker_fast.config import SWITCHES, DistillConfig
 from pecker_fast.draws import check_timesteps
@@ -70,7 +70,8 @@ class Source:
     @property
     def classes(self) -> Classes:
         """Their names, and which of them had images."""
-        return classes_of(self.model)
+        found = Classes.of_module(self.model)
+        return found if found is not None and found.count == self.num_classes else Classes(self.num_classes)
 
     @property
     def parameters(self) -> int:

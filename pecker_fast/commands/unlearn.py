@@ -106,8 +106,9 @@ def _dry_run(options: argparse.Namespace, source: Source, config: DistillConfig,
     active = round(density * source.parameters) if mask is None else mask.numel
     more = (("checkpoint-*/",) if options.checkpointing_steps else ()) + ((RECORD,) if options.init else ())
     writes = [str(options.output_dir / name) for name in (*_WRITES, *more)]
-    names = source.classes.names_of(config.forget)
-    settings = {"max_train_steps": options.max_train_steps, "forget_class_names": names, **config.to_dict()}
+    settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
+    if (names := source.classes.names_of(config.forget)) is not None:
+        settings["forget_class_names"] = names
     return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
 
 

@@ -87,8 +87,9 @@ def _mask_config(options: argparse.Namespace) -> MaskConfig:
 def _dry_run(options: argparse.Namespace, source: Source, config: BaselineConfig, mask: BlockMask | None) -> Outcome:
     density = 1.0 if config.mask.kind == "dense" else config.mask.density
     active = round(density * source.parameters) if mask is None else mask.numel
-    names = source.classes.names_of(config.forget)
-    settings = {"max_train_steps": options.max_train_steps, "forget_class_names": names, **config.to_dict()}
+    settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
+    if (names := source.classes.names_of(config.forget)) is not None:
+        settings["forget_class_names"] = names
     writes = [str(options.output_dir / name) for name in _WRITES]
     return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
 
