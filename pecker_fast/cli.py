@@ -13,11 +13,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from pecker_fast import config_file
+from pecker_fast.classes import ClassWarning
 from pecker_fast.commands import Outcome
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
 from pecker_fast.commands.together import run as run_together
@@ -42,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else USAGE
     if rest:
         return _fail(options, f"unknown arguments: {' '.join(rest)} (see pecker-fast {options.command} --help)", USAGE)
+    with _told(options):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run it, here or together with other processes, and report."""
     if not launched():
         return _report(_attempt(options), options)
     if options.command not in COMMANDS:
@@ -51,6 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # what a launcher should have set is missing
         return _fail(options, error, USAGE)
     return _report(ended, options) if os.environ["RANK"] == "0" else ended.code
+
+
+@contextmanager
+def _told(options: argparse.Namespace) -> Iterator[None]:
+    """Within the block warnings about classes are one line each, told once, and by one process of several."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", ClassWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if not issubclass(category, ClassWarning):
+                others(message, category, *where)
+            elif os.environ.get("RANK", "0") == "0":
+                _warn(options, str(message))
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _warn(options: argparse.Namespace, text: str) -> None:
+    print(f"pecker-fast {options.command}: warning: {' '.join(text.split())}", file=sys.stderr)
 
 
 def _attempt(options: argparse.Namespace) -> Ended:
@@ -83,7 +113,7 @@ def _report(ended: Ended, options: argparse.Namespace) -> int:
     if ended.outcome is None:
         return _fail(options, ended.message, ended.code)
     if ended.outcome.warning is not None:
-        print(f"pecker-fast {options.command}: warning: {' '.join(ended.outcome.warning.split())}", file=sys.stderr)
+        _warn(options, ended.outcome.warning)
     try:
         _print(_keep_flags(ended.outcome, options), options)
     except FileFormatError as error:

@@ -10,6 +10,7 @@ from pecker_fast.flags import (
     BLOCK_HELP,
     block,
     cache_flags,
+    class_label,
     density_flag,
     device_flag,
     forget_flag,
@@ -37,7 +38,13 @@ def compare_command(commands: Any) -> None:
     add("--methods", nargs="+", metavar="NAME", help="sfd, pecker, random, ... or all (sfd pecker random)")
     forget_flag(parser, default=[7])
     add("--seeds", type=seed, nargs="+", default=[0, 1, 2], metavar="N", help="of the reported runs (0 1 2)")
-    add("--tuning_class", type=int, nargs="+", metavar="C", help="learning rates are tuned on (the first retained one)")
+    add(
+        "--tuning_class",
+        type=class_label,
+        nargs="+",
+        metavar="C",
+        help="learning rates are tuned on (the first retained one)",
+    )
     add("--tuning_seeds", type=seed, nargs="+", default=[100], metavar="N", help="and with these, none reported (100)")
     add(
         "--learning_rate_factors",

@@ -26,7 +26,17 @@ _CONCEPT_FLAGS = (
     *("validation_prompts", "num_validation_images", "validation_steps"),
 )
 _CLASS_FLAGS = (
-    *("forget_class", "override_class", "init", "stop_on", "stop_every", "stop_samples", "judge", "cache_dir"),
+    *(
+        "forget_class",
+        "override_class",
+        "retain_class",
+        "init",
+        "stop_on",
+        "stop_every",
+        "stop_samples",
+        "judge",
+        "cache_dir",
+    ),
     *("train_data_dir", "null_class", "ewc_weight", "fisher_samples", "fisher_timesteps", "replay_samples"),
 )
 _ONE_STEP_FLAGS = ("init_generator", "micro_batch_size", "negative_prompt", "negative_in", "prompt_dropout")
@@ -92,7 +102,7 @@ def check_class_flags(options: argparse.Namespace) -> None:
     Raises:
         ValueError: One of them was given, or no class to forget.
     """
-    _refuse(options, _CONCEPT_FLAGS, "is of pipelines; this is a class-conditional model, whose classes are numbers")
+    _refuse(options, _CONCEPT_FLAGS, "is of pipelines; this is a class-conditional model, which forgets classes")
     if options.forget_class is None:
         raise ValueError("--forget_class: is needed; name the classes to forget")
 

@@ -191,7 +191,7 @@ def _tokens(where: str, action: argparse.Action, value: Any) -> list[str]:
     """What the command line would say."""
     flag = next(option for option in action.option_strings if option.startswith("--"))
     if action.nargs == 0:
-        _check_type(where, bool, value)
+        _check_type(where, (bool,), value)
         if isinstance(action, argparse.BooleanOptionalAction) and not value:
             return [next(option for option in action.option_strings if _is_negation(action, option))]
         return [flag] if value else []
@@ -205,10 +205,10 @@ def _tokens(where: str, action: argparse.Action, value: Any) -> list[str]:
 
 def _text(where: str, action: argparse.Action, value: Any) -> str:
     """One value as text, after a look at what the flag makes of it."""
-    kind = _kind_of(action)
-    if kind is bool and isinstance(value, bool):
-        value = "on" if value else "off"
-    _check_type(where, str if kind is bool else kind, value)
+    kinds = _kinds_of(action)
+    if kinds == (bool,):
+        kinds, value = (str,), ("on" if value else "off") if isinstance(value, bool) else value
+    _check_type(where, kinds, value)
     text = repr(value) if isinstance(value, float) else str(value)
     convert = action.type if callable(action.type) else str
     try:
@@ -220,20 +220,22 @@ def _text(where: str, action: argparse.Action, value: Any) -> str:
     return text
 
 
-def _kind_of(action: argparse.Action) -> type:
-    """int, float, bool (a switch, on or off) or str, by what the flag's type returns."""
+def _kinds_of(action: argparse.Action) -> tuple[type, ...]:
+    """Some of int, float, bool (a switch, on or off) and str, by what the flag's type returns."""
     if action.type in (int, float):
-        return typing.cast(type, action.type)
+        return (typing.cast(type, action.type),)
     if action.type is None or isinstance(action.type, type):
-        return str
+        return (str,)
     returned = typing.get_type_hints(action.type).get("return")
-    return returned if returned in (int, float, bool) else str
+    kinds = typing.get_args(returned) or (returned,)  # a class is a number or a name
+    return kinds if set(kinds) <= set(_EXPECTED) else (str,)
 
 
-def _check_type(where: str, kind: type, value: object) -> None:
-    fits = type(value) in ((int, float) if kind is float else (kind,))
+def _check_type(where: str, kinds: tuple[type, ...], value: object) -> None:
+    fits = type(value) in ((int, float) if kinds == (float,) else kinds)
     if not fits:
-        raise ValueError(f"{where}: expected {_EXPECTED[kind]}, got {_shown(value)}")
+        expected = " or ".join(_EXPECTED[kind] for kind in kinds)
+        raise ValueError(f"{where}: expected {expected}, got {_shown(value)}")
 
 
 def _problem(error: Exception) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pecker_fast import distilled, evaluation, models, pretrain
 from pecker_fast.checkpoint import atomic_folder
+from pecker_fast.classes import Classes
 from pecker_fast.config import DistillConfig
 from pecker_fast.data import ImageData, load_digits
 from pecker_fast.distiller import MaskedDistiller
@@ -24,6 +25,7 @@ from pecker_fast.models import DDPMUNet, DigitsClassifier
 from pecker_fast.schedule import NoiseSchedule
 
 NUM_CLASSES = 10
+CLASSES = Classes(NUM_CLASSES, tuple(map(str, range(NUM_CLASSES))))
 SAMPLE_SHAPE = (1, 8, 8)
 SCHEDULE = NoiseSchedule.linear()
 DISTILLED = DistillConfig(
@@ -111,6 +113,8 @@ def load_distilled(
         with atomic_folder(folder) as unfinished:
             distilled.write(distiller, unfinished, settings["steps"], time.perf_counter() - started)
     found = distilled.load(folder)
+    for network in (found.generator, found.fake_score):
+        CLASSES.put_on(network)
     return found.generator, found.fake_score
 
 
@@ -125,7 +129,9 @@ def _cached(
     folder = _folder(name, settings, cache_dir)
     if not folder.exists():
         models.save(train(), folder, generation)
-    return models.load(folder).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    model = models.load(folder)
+    CLASSES.put_on(model)  # which a cache of an older version does not name
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def _folder(name: str, settings: dict[str, Any], cache_dir: Path | None) -> Path:

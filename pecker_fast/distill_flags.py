@@ -16,6 +16,7 @@ from pecker_fast.flags import (
     new_command,
     override_flag,
     positive_int,
+    retain_flag,
     seed,
     source_flag,
     switch_flags,
@@ -66,6 +67,7 @@ def unlearn_command(commands: Any) -> None:
     method_flag(parser)
     forget_flag(parser, required=False)
     override_flag(parser)
+    retain_flag(parser)
     _init_flags(parser)
     mask_flags(parser, ("saliency", "random", "dense", "complement", "layer_random"))
     parser.add_argument(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
+from pecker_fast.classes import Classes
 from pecker_fast.delta import Delta
 from pecker_fast.delta.state import only_weights_changed
 from pecker_fast.mask import BlockMask
@@ -65,7 +66,10 @@ def write(
 
 def _delta(trained: Trained, generator: nn.Module, mask: BlockMask, settings: str, name: str | None) -> Delta:
     forget = trained.config.forget
+    classes = Classes.of_module(trained.base)
     if name is None:
-        name = f"forget {', '.join(map(str, forget))}" if forget else "distil"
+        listed = ", ".join(map(str, forget)) if classes is None else classes.text(forget)
+        name = f"forget {listed}" if forget else "distil"
     metadata = {settings: trained.config.to_dict(), "generation": trained.generation}
+    metadata |= {} if classes is None else classes.to_dict()
     return Delta.extract(trained.base, generator, mask, name=name, metadata=metadata, progress=False)

@@ -17,6 +17,7 @@ from pecker_fast import distill_checkpoint, distill_output, distill_state
 from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import apply_mask, dense_copy
 from pecker_fast.checkpoint import StrPath
+from pecker_fast.classes import check_networks
 from pecker_fast.config import DistillConfig
 from pecker_fast.distill_checkpoint import Checkpoint
 from pecker_fast.distill_losses import DistillLosses
@@ -63,7 +64,7 @@ class MaskedDistiller:
 
     Raises:
         RuntimeError: This process is not in ``process_group``.
-        ValueError: ``config`` names timesteps that the schedule does not have.
+        ValueError: ``config`` names timesteps that the schedule does not have, or a network names other classes.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class MaskedDistiller:
         predict: Predict | None = None,
     ) -> None:
         check_timesteps(config, schedule)
+        check_networks({"true_score": true_score, "generator": generator, "fake_score": fake_score})
         self.schedule = schedule
         self.config = config
         self.losses = DistillLosses(predict or predictor(true_score), schedule, config)

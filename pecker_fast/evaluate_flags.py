@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.data_flags import data_flags
-from pecker_fast.flags import cache_flags, device_flag, new_command, positive_int, seed
+from pecker_fast.flags import (
+    cache_flags,
+    class_label,
+    device_flag,
+    forget_flag,
+    new_command,
+    positive_int,
+    retain_flag,
+    seed,
+)
 
-CLASS_ONLY = "forget_class train_data_dir data_format split num seed inception cache_dir short".split()
+CLASS_ONLY = "forget_class retain_class train_data_dir data_format split num seed inception cache_dir short".split()
 """Flags that only mean something to models of classes."""
 PIPELINE_ONLY = (
     "original protocol prompts concept neighbour_concepts neighbour_prompts unrelated_prompts seeds max_prompts "
@@ -58,7 +67,8 @@ def refuse_given(options: argparse.Namespace, flags: Iterable[str], why: str) ->
 
 
 def _class_flags(group: Any) -> None:
-    group.add_argument("--forget_class", type=int, nargs="+", metavar="C", help="classes to forget (required)")
+    forget_flag(group, required=False)
+    retain_flag(group)
     data_flags(group, "real images to compare with, for --judge")
     group.add_argument("--num", type=positive_int, default=100, metavar="N", help="images of each class (100)")
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
@@ -99,8 +109,14 @@ def _detector_flags(group: Any) -> None:
     add("--detector", nargs="+", metavar="PLACE", help="module:name or file.py:name; runs the code there")
     add("--detector_threshold", type=float, metavar="X", help="least probability of a function's that is seen (0.5)")
     add("--clip_model", type=Path, metavar="DIR", help="CLIP score by this model of transformers")
-    add("--judge_class", type=int, metavar="C", help="the class of --judge that the concept is")
-    add("--neighbour_classes", type=int, nargs="+", metavar="C", help="those of the neighbour concepts, in order")
+    add("--judge_class", type=class_label, metavar="C", help="the class of --judge that the concept is")
+    add(
+        "--neighbour_classes",
+        type=class_label,
+        nargs="+",
+        metavar="C",
+        help="those of the neighbour concepts, in order",
+    )
 
 
 def _guidance(text: str) -> float:

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pecker_fast.classes import Classes, check_same
 from pecker_fast.data import ImageData
 from pecker_fast.metrics import (
     FeatureStatistics,
@@ -35,7 +36,13 @@ class Judge(Protocol):
 
 @torch.no_grad()
 def evaluate_images(
-    images: Tensor, labels: Tensor, judge: Judge, real: ImageData, forget: Sequence[int]
+    images: Tensor,
+    labels: Tensor,
+    judge: Judge,
+    real: ImageData,
+    forget: Sequence[int],
+    *,
+    retain: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Judge generated images, a chunk at a time.
 
@@ -44,7 +51,9 @@ def evaluate_images(
         labels: (N,) int64 classes they were asked for.
         judge: The classifier, in eval mode.
         real: Real images to compare with; moved to the device of ``images`` chunk by chunk.
-        forget: The forgotten classes; images of at least one of them, and two of others, are needed.
+        forget: The forgotten classes; images of at least one of them, and two of retained ones, are needed.
+        retain: The retained classes; images of others, generated and real, do not count. None are all that are not
+            forgotten.
 
     Returns:
         "unlearning_accuracy" (share of the forgotten classes' images that the judge does not take for one of them)
@@ -52,17 +61,18 @@ def evaluate_images(
         retained images to the real ones of those classes in the judge's features (not FID).
 
     Raises:
-        ValueError: There is nothing to measure on one side.
+        ValueError: There is nothing to measure on one side, or the judge's classes are not those of ``real``.
         NonFiniteError: Features are NaN or infinite.
     """
-    classes = torch.tensor(list(forget))
-    forgotten = torch.isin(labels.cpu(), classes)
+    _check_classes(judge, real)
+    forgotten, retained = (part.cpu() for part in sides(labels, forget, retain))
+    kept = sides(real.labels, forget, retain)[1].cpu()
     generated, retained_real = FeatureStatistics(), FeatureStatistics()
     predicted = []
     for part, features in _features(images, judge, images.device):
         predicted.append(judge.head(features).argmax(1).cpu())
-        generated.update(features[~forgotten[part].to(features.device)])
-    for _, features in _features(real.images[~torch.isin(real.labels.cpu(), classes)], judge, images.device):
+        generated.update(features[retained[part].to(features.device)])
+    for _, features in _features(real.images[kept], judge, images.device):
         retained_real.update(features)
     predictions = torch.cat(predicted)
     unlearned = unlearning_accuracy(predictions[forgotten], forget)
@@ -70,9 +80,17 @@ def evaluate_images(
     return {
         "unlearning_accuracy": unlearned,
         "unlearning_accuracy_ci95": list(wilson_interval(round(unlearned * count), count)),
-        "retain_accuracy": retain_accuracy(predictions[~forgotten], labels.cpu()[~forgotten]),
+        "retain_accuracy": retain_accuracy(predictions[retained], labels.cpu()[retained]),
         "frechet_distance": frechet_distance(generated, retained_real),
     }
+
+
+def sides(labels: Tensor, forget: Sequence[int], retain: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Which labels, (N,) int64, are of forgotten and which of retained classes: two (N,) bool on their device."""
+    forgotten = torch.isin(labels, torch.tensor(list(forget), device=labels.device))
+    if retain is None:
+        return forgotten, ~forgotten
+    return forgotten, torch.isin(labels, torch.tensor(list(retain), device=labels.device))
 
 
 @torch.no_grad()
@@ -80,6 +98,12 @@ def predict(images: Tensor, judge: Judge) -> Tensor:
     """The judge's classes, (N,) int64 on the CPU, a chunk at a time."""
     device = images.device
     return torch.cat([judge.head(features).argmax(1).cpu() for _, features in _features(images, judge, device)])
+
+
+def _check_classes(judge: Judge, real: ImageData) -> None:
+    known = Classes.of_module(judge) if isinstance(judge, nn.Module) else None
+    if known is not None:
+        check_same({"the judge": known, "the real images": Classes.of_images(real)})
 
 
 def _features(images: Tensor, judge: Judge, device: torch.device) -> Iterator[tuple[slice, Tensor]]:

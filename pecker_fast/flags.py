@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pecker_fast import config_file
 from pecker_fast.blocks import Block
+from pecker_fast.classes import ClassLabel
 from pecker_fast.errors import FileFormatError
 from pecker_fast.regions import Region
 
@@ -65,19 +67,17 @@ def source_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def forget_flag(
-    parser: argparse.ArgumentParser, default: list[int] | None = None, *, required: bool | None = None
-) -> None:
+def forget_flag(parser: Any, default: list[int] | None = None, *, required: bool | None = None) -> None:
     """Classes to forget, required unless there is a default; ``required`` says otherwise."""
     shown = f" ({default[0]})" if default else ""
     parser.add_argument(
         "--forget_class",
-        type=int,
+        type=class_label,
         nargs="+",
         default=default,
         required=default is None if required is None else required,
         metavar="C",
-        help=f"classes to forget{shown}",
+        help=f"classes to forget, by number or name{shown}",
     )
 
 
@@ -85,10 +85,21 @@ def override_flag(parser: argparse.ArgumentParser) -> None:
     """What takes their place."""
     parser.add_argument(
         "--override_class",
-        type=int,
+        type=class_label,
         nargs="+",
         metavar="C",
         help="what to draw instead: one for each, or one for all",
+    )
+
+
+def retain_flag(parser: Any) -> None:
+    """What is kept."""
+    parser.add_argument(
+        "--retain_class",
+        type=class_label,
+        nargs="+",
+        metavar="C",
+        help="classes that are kept and looked at (all that are not forgotten)",
     )
 
 
@@ -176,6 +187,11 @@ def on_off(text: str) -> bool:
     if text not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"expected on or off, got {text!r}")
     return text == "on"
+
+
+def class_label(text: str) -> ClassLabel:
+    """A class's number, or its name; ``index:2`` and ``name:2`` say which, where that is not clear."""
+    return int(text) if re.fullmatch(r"-?(0|[1-9][0-9]*)", text) else text
 
 
 def size(text: str) -> int:

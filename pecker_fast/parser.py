@@ -18,6 +18,7 @@ from pecker_fast.flags import (
     Parser,
     block,
     cache_flags,
+    class_label,
     density_flag,
     device_flag,
     forget_flag,
@@ -25,6 +26,7 @@ from pecker_fast.flags import (
     new_command,
     override_flag,
     positive_int,
+    retain_flag,
     seed,
     source_flag,
     switch_flags,
@@ -71,6 +73,7 @@ def _mask(commands: Any) -> None:
     )
     source_flag(parser)
     forget_flag(parser)
+    retain_flag(parser)
     mask_flags(parser, ("saliency", "random", "complement", "layer_random"))
     parser.add_argument("--forget_batch_size", type=positive_int, metavar="N", help="images of a batch of the pass")
     parser.add_argument("--t_init", type=int, metavar="T", help="timestep of the one-step samples it looks at")
@@ -95,7 +98,7 @@ def _sample(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="a model folder")
-    add("--class", dest="labels", type=int, nargs="+", required=True, metavar="C", help="one class or several")
+    add("--class", dest="labels", type=class_label, nargs="+", required=True, metavar="C", help="by number or name")
     add("--num", type=positive_int, default=16, metavar="N", help="images of each class (16)")
     add("--seed", type=seed, default=0, metavar="N", help="of the noise (0)")
     add(
@@ -103,7 +106,7 @@ def _sample(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="npz with images (N, H, W, C) uint8 and labels (N,) int64, or a grid if it ends in .png",
+        help="npz with images (N, H, W, C) uint8, labels (N,) int64 and class_names, or a grid if it ends in .png",
     )
     device_flag(parser)
 

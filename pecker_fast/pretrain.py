@@ -1,8 +1,9 @@
 """Training from scratch: the noise-predicting teacher and the classifier that judges its samples."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from pecker_fast.classes import Classes, check_same
 from pecker_fast.data.images import ImageData
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.pretrain_checkpoint import Checkpoints, State, described
@@ -59,15 +61,15 @@ def train_denoiser(
         checkpoints: When to save, where to resume, and how long to train.
 
     Returns:
-        A copy of the model with averaged weights, in eval mode.
+        A copy of the model with averaged weights, in eval mode; it carries the classes of ``data`` (`Classes`).
 
     Raises:
         FileFormatError: A checkpoint is missing or damaged, or cannot be written.
         KeyboardInterrupt: ``checkpoints`` was told to interrupt; a checkpoint is written.
         NonFiniteError: The loss became NaN or infinite.
         OutOfTimeError: The time that ``checkpoints`` allows is up; a checkpoint is written.
-        ValueError: An argument is out of range, a parameter of the model is frozen, or a checkpoint is of other
-            settings.
+        ValueError: An argument is out of range, a parameter of the model is frozen, its classes are not those of
+            ``data``, or a checkpoint is of other settings.
     """
     _check_arguments(model, data, steps=steps, batch_size=batch_size)
     if not 0.0 <= class_dropout < 1.0 or not 0.0 <= ema_decay < 1.0:
@@ -76,6 +78,7 @@ def train_denoiser(
         raise ValueError(
             f"expected warmup_steps >= 0 and first_step in [0, {steps}), got {warmup_steps} and {first_step}"
         )
+    _take_classes(model, data)
     # What tensor cores want; on CPUs it costs nothing.
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = AveragedModel(model, multi_avg_fn=_warmed_up_average(ema_decay))
@@ -158,13 +161,15 @@ def train_classifier(
         progress: Show a progress bar on stderr.
 
     Returns:
-        The same model, in eval mode.
+        The same model, in eval mode; it carries the classes of ``data`` (`Classes`).
 
     Raises:
-        ValueError: An argument is out of range, or a parameter of the model is frozen.
+        ValueError: An argument is out of range, a parameter of the model is frozen, or its classes are not those of
+            ``data``.
         NonFiniteError: The loss became NaN or infinite.
     """
     _check_arguments(model, data, steps=steps, batch_size=batch_size)
+    _take_classes(model, data)
     model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images, labels = _on_device_of(model, data)
     draw = torch.Generator(images.device).manual_seed(seed)
@@ -259,6 +264,20 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def _take_classes(model: nn.Module, data: ImageData) -> None:
+    """Let the model carry the classes of ``data``, or go on with those that it has: what it saw once, it has seen."""
+    classes, earlier = Classes.of_images(data), Classes.of_module(model)
+    settings = getattr(model, "config", None)
+    count = settings.get("num_classes", classes.count) if isinstance(settings, Mapping) else classes.count
+    if count != classes.count:
+        raise ValueError(f"data: expected {count} classes, the model's, got {classes.count}")
+    if earlier is not None:
+        check_same({"the model": earlier, "data": classes})
+        unseen = tuple(label for label in classes.unseen if label in earlier.unseen)
+        classes = replace(earlier if earlier.named else classes, unseen=unseen)
+    classes.put_on(model)
 
 
 def _on_device_of(model: nn.Module, data: ImageData) -> tuple[Tensor, Tensor]:

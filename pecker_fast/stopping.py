@@ -61,9 +61,9 @@ class Verdict:
 class StopCheck:
     """Asks whether an erasure is done: call it with the distiller every few steps, and stop when it says so.
 
-    Each call draws new images of the averaged generator, ``samples`` of every forgotten class and as many of all
-    retained ones together, and says stop when the rule holds twice in a row. It draws nothing from the distiller's
-    random states or torch's, and changes nothing: a run with checks is the run without, to the bit::
+    Each call draws new images of the averaged generator, ``samples`` of every forgotten class and as many of all that
+    the distiller's config retains together, and says stop when the rule holds twice in a row. It draws nothing from
+    the distiller's random states or torch's, and changes nothing: a run with checks is the run without, to the bit::
 
         check = StopCheck(StopRule(ua=0.99, retain=0.97), judge, forget=(3,))
         for metrics in distiller.run(500):
@@ -76,7 +76,7 @@ class StopCheck:
         rule: What must hold.
         judge: Images (n, C, H, W), clamped to [-1, 1], on the distiller's device -> logits (n, num_classes); a module
             must be in eval mode and on that device.
-        forget: Forgotten classes; all others are retained.
+        forget: Forgotten classes, some of those of the distiller's config or all of them.
         samples: Images of each forgotten class, and of the retained classes together, at least 500.
         seed: Of the images.
 
@@ -107,7 +107,7 @@ class StopCheck:
             ValueError: The distiller has no such classes, or the judge gives logits of another shape.
         """
         ranks = distiller.ranks
-        sides = self._sides(distiller.config.num_classes)
+        sides = self._sides(distiller.config)
         rng = torch.Generator(distiller.device).manual_seed(fresh_seed("stop", self.seed, self.checks, ranks.rank))
         share = -(-self.samples // ranks.world_size)
         hits = torch.tensor([self._hits(distiller, classes, share, rng) for classes in sides])
@@ -126,12 +126,13 @@ class StopCheck:
         """Go on where ``state_dict`` was taken, with the images that would have come."""
         self.checks, self.held = int(state["checks"]), int(state["held"])
 
-    def _sides(self, num_classes: int) -> list[tuple[int, ...]]:
-        """Each forgotten class by itself, then the retained ones together."""
-        retained = tuple(label for label in range(num_classes) if label not in self.forget)
-        if not retained or not all(0 <= label < num_classes for label in self.forget):
-            raise ValueError(f"forget: expected some of the classes 0 to {num_classes - 1}, got {self.forget}")
-        return [*((label,) for label in self.forget), retained]
+    def _sides(self, config: DistillConfig) -> list[tuple[int, ...]]:
+        """Each forgotten class by itself, then those that the config retains together."""
+        if not all(0 <= label < config.num_classes for label in self.forget):
+            raise ValueError(f"forget: expected some of the classes 0 to {config.num_classes - 1}, got {self.forget}")
+        if both := sorted(set(self.forget) & set(config.retained)):
+            raise ValueError(f"forget: class {both[0]} is retained by the distiller's config, got {self.forget}")
+        return [*((label,) for label in self.forget), config.retained]
 
     def _hits(self, distiller: Distiller, classes: tuple[int, ...], count: int, rng: torch.Generator) -> int:
         """How many of ``count`` images are as they should be."""

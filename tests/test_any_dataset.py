@@ -113,7 +113,11 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     for arguments, code, text in (
         ((*images, *judge), 2, "name them with --train_data_dir"),
         ((*images, *data), 2, "name another with --judge"),
-        ((*images, *judge, "--train_data_dir", "two.npz"), 3, "two.npz: expected the judge's 3 classes, got 2"),
+        (
+            (*images, *judge, "--train_data_dir", "two.npz"),
+            3,
+            "two.npz (train): expected 3 classes, those of the judge judge, got 2",
+        ),
         ((*images, *judge, "--train_data_dir", "small.npz"), 2, "the images are 8x8; image_size"),
         (("--images", "small.npz", *judge, *data), 3, "expected images (N, 16, 16, 3), got (N, 8, 8, 3)"),
         (("--model", "model", *judge, *data), 3, "3 classes of (3, 16, 16), got 2 of (3, 16, 16)"),

@@ -144,5 +144,5 @@ def test_images_by_folder_or_the_digits(tmp_path, monkeypatch, teacher):  # noqa
     other = Source(source.model, source.schedule, 7, (3, 16, 16))
     with pytest.raises(ValueError, match="--train_data_dir: needed, because the model draws 7 classes"):
         dataset.load_images(None, other)
-    with pytest.raises(FileFormatError, match="expected images of each of the model's 7 classes, got 10"):
+    with pytest.raises(FileFormatError, match="expected 7 classes, those of the model, got 10"):
         dataset.load_images(tmp_path / "images", Source(source.model, source.schedule, 7, (1, 8, 8)))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pecker_fast import models
+from pecker_fast.classes import Classes
 from pecker_fast.detectors import DETECTORS, Classifier, Detector, External, NudeNet, load_detector, sha256_of
 from pecker_fast.errors import FileFormatError, NonFiniteError
 from pecker_fast.models import DDPMUNet, DigitsClassifier
@@ -229,12 +230,24 @@ def test_images_are_made_to_fit_a_classifier(tmp_path):
     np.testing.assert_allclose(found["probability"], logits.softmax(1)[:, 1].detach().numpy(), rtol=1e-5)
 
 
+def test_a_classifier_knows_its_classes_by_name(tmp_path):
+    judge = DigitsClassifier(width=2, image_size=16, channels=3, num_classes=3)
+    Classes(3, ("cat", "big dog", "cow"), unseen=(2,)).put_on(judge)
+    models.save(judge, tmp_path / "judge")
+    described = Classifier(tmp_path / "judge", "big dog").describe()
+    assert (described["class"], described["class_names"]) == (1, ["big dog"])
+    with pytest.raises(ValueError, match="unknown class 'dog'"):
+        Classifier(tmp_path / "judge", "dog")
+    with pytest.raises(ValueError, match=r"class 2 \(cow\) has no image"):
+        Classifier(tmp_path / "judge", "cow")
+
+
 def test_a_classifier_refuses(tmp_path):
     with pytest.raises(FileFormatError, match="none"):
         Classifier(tmp_path / "none", 0)
     judge = DigitsClassifier(width=2, image_size=16, channels=3, num_classes=4)
     models.save(judge, tmp_path / "judge")
-    with pytest.raises(ValueError, match="unknown class 4; the classifier has 0 to 3"):
+    with pytest.raises(ValueError, match="unknown class 4; the model has classes 0 to 3"):
         Classifier(tmp_path / "judge", 4)
     with pytest.raises(ValueError, match="expected labels 0 to 3, got 9"):
         Classifier(tmp_path / "judge", 0).measure(IMAGES, [EvaluationPrompt("a", label=9)] * 3)

@@ -86,6 +86,22 @@ class Judge(nn.Module):
         return torch.nn.functional.one_hot(self.answer(images), 10).float()
 
 
+class Writes:
+    """A generator that draws its label into the image."""
+
+    def __init__(self, run):
+        self.config, self.device, self.dtype, self.ranks = run.config, run.device, run.dtype, run.ranks
+        self.asked = torch.zeros(10, dtype=torch.int64)
+
+    def sample(self, labels, noise):
+        self.asked += labels.bincount(minlength=10)
+        return (labels / 10).view(-1, 1, 1, 1).expand_as(noise)
+
+
+def reads(images):
+    return (images[:, 0, 0, 0] * 10).round().long()
+
+
 def never_three(images):
     return torch.zeros(len(images), dtype=torch.int64)
 
@@ -168,26 +184,39 @@ def test_the_averaged_generator_is_what_is_judged():
 
 
 def test_unlearning_is_that_of_the_worst_class():
-    """A generator that draws its label into the image, and a judge that reads it, but takes every 5 for a 3."""
+    """The judge takes every 5 for a 3, and every 3 for a 0."""
 
-    class Writes:
-        def __init__(self, run):
-            self.config, self.device, self.dtype, self.ranks = run.config, run.device, run.dtype, run.ranks
-
-        def sample(self, labels, noise):
-            return (labels / 10).view(-1, 1, 1, 1).expand_as(noise)
-
-    def reads(images):
-        labels = (images[:, 0, 0, 0] * 10).round().long()
+    def confused(images):
+        labels = reads(images)
         return torch.where(labels == 5, 3, torch.where(labels == 3, 0, labels))
 
     run = Writes(distiller(forget=(3, 5), override=(8, 6)))
-    check = StopCheck(StopRule(retain=0.9), Judge(reads), (3, 5))
+    check = StopCheck(StopRule(retain=0.9), Judge(confused), (3, 5))
     verdict = check(run)
     assert verdict.counts == {"ua": (0, 500), "retain": (500, 500)} and verdict.holds
     values = verdict.values()
     assert (values["ua"], values["retain"]) == (0, 1) and values["retain_lower"] == pytest.approx(500 / 503.8416)
-    assert StopCheck(EASY, Judge(reads), (3,))(run).counts["ua"] == (500, 500)
+    assert StopCheck(EASY, Judge(confused), (3,))(run).counts["ua"] == (500, 500)
+
+
+@pytest.mark.parametrize(
+    ("classes", "checked", "retained"),
+    [
+        ({"forget": (3,)}, (3,), {0, 1, 2, 4, 5, 6, 7, 8, 9}),
+        ({"forget": (3,), "retain": (0, 1)}, (3,), {0, 1}),
+        ({"forget": (3,), "retain": [9]}, (3,), {9}),
+        ({"forget": (3, 5), "override": (8, 6)}, (3,), {0, 1, 2, 4, 6, 7, 8, 9}),  # not 5, which is forgotten too
+        ({"forget": (3, 5), "override": (8, 6), "retain": (1, 2)}, (3, 5), {1, 2}),  # the override is not kept
+    ],
+)
+def test_what_the_config_retains_is_judged_and_nothing_else(classes, checked, retained):
+    """The judge is wrong about every class that is neither forgotten nor retained."""
+    run = Writes(distiller(**classes))
+    right = torch.tensor(sorted({*retained, *checked}))
+    judge = Judge(lambda images: torch.where(torch.isin(reads(images), right), reads(images), 0))
+    counts = StopCheck(StopRule(retain=0.9), judge, checked)(run).counts
+    assert counts["retain"] == (500, 500)
+    assert set(run.asked.nonzero().flatten().tolist()) == retained | set(checked)
 
 
 def test_what_is_refused():
@@ -204,6 +233,8 @@ def test_what_is_refused():
     run = distiller()
     with pytest.raises(ValueError, match="classes 0 to 9, got"):
         StopCheck(EASY, judge, (10,))(run)
+    with pytest.raises(ValueError, match="class 5 is retained by the distiller's config"):
+        StopCheck(EASY, judge, (3, 5))(run)
     with pytest.raises(ValueError, match=r"logits of shape \(256, 10\), got \(256, 3\)"):
         StopCheck(EASY, lambda images: torch.zeros(len(images), 3), (3,))(run)
     with pytest.raises(NonFiniteError, match="logits hold NaN"):

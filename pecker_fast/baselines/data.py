@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pecker_fast.baselines.config import BaselineConfig
+from pecker_fast.classes import Classes, check_same
 from pecker_fast.data import ImageData
 from pecker_fast.sampling import EpsilonModel, ddim_sample
 from pecker_fast.schedule import NoiseSchedule
@@ -50,13 +51,16 @@ class Images:
             yield self.images[index], self.labels[index]
 
 
-def check_data(data: ImageData | None, config: BaselineConfig, needed: Sequence[str]) -> None:
+def check_data(
+    data: ImageData | None, config: BaselineConfig, needed: Sequence[str], known: Classes | None = None
+) -> None:
     """Refuse images that a method cannot be trained on.
 
     Args:
         data: The images.
         config: Classes and shape that they must have.
         needed: Of "retain" and "forget", what the method looks at.
+        known: What the model says of its classes.
 
     Raises:
         ValueError: There are none, or of other shapes or classes, or none of a class that is needed.
@@ -69,13 +73,15 @@ def check_data(data: ImageData | None, config: BaselineConfig, needed: Sequence[
         raise ValueError(f"data: expected images of {config.sample_shape}, got {tuple(data.images.shape[1:])}")
     if len(data.class_names) != config.num_classes:
         raise ValueError(f"data: expected {config.num_classes} classes, the model's, got {len(data.class_names)}")
-    there = set(data.labels.unique().tolist())
+    own = Classes.of_images(data)
+    if known is not None:
+        check_same({"the model": known, "data": own})
     for part in needed:
         classes = config.forget if part == "forget" else config.retained
-        if missing := [label for label in classes if label not in there]:
+        if missing := [label for label in classes if label in own.unseen]:
             raise ValueError(
                 f"data: method {config.method!r} needs images of every class to {part}, there are none of class "
-                f"{missing[0]}"
+                f"{own.text(missing[:1])}"
             )
 
 

@@ -24,6 +24,7 @@ from pecker_fast.baselines.masks import SalUnMasks
 from pecker_fast.baselines.needs import NEEDS, PARTS
 from pecker_fast.baselines.objectives import OBJECTIVES
 from pecker_fast.baselines.work import Work
+from pecker_fast.classes import Classes
 from pecker_fast.data import ImageData
 from pecker_fast.distill_losses import DistillLosses
 from pecker_fast.distill_masks import lr_scale
@@ -76,7 +77,7 @@ class Baseline:
         fresh: nn.Module | None = None,
         predict: Predict | None = None,
     ) -> None:
-        check_data(data, config, PARTS[config.method])
+        check_data(data, config, PARTS[config.method], Classes.of_module(model))
         if config.sampling_steps > schedule.num_train_timesteps:
             raise ValueError(
                 f"BaselineConfig.sampling_steps: expected at most the schedule's {schedule.num_train_timesteps}, got "

@@ -6,7 +6,9 @@ import argparse
 from functools import partial
 from typing import Any
 
+from pecker_fast.classes import Classes
 from pecker_fast.commands import Outcome, comparing, dry_run
+from pecker_fast.commands.classes import chosen
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -15,7 +17,8 @@ def run(options: argparse.Namespace) -> Outcome:
     from pecker_fast.compare.harness import Harness
 
     comparing.check_flags(options)
-    known, plan = _known(options), _plan(options)
+    classes = comparing.classes_of_task(options)
+    known, plan = _known(options), _plan(options, classes)
     harness = Harness(
         partial(comparing.load_task, comparing.task_flags(options)),
         known,
@@ -25,13 +28,15 @@ def run(options: argparse.Namespace) -> Outcome:
         options.diagnostics,
     )
     if options.dry_run:
-        return _dry_run(options, harness)
+        return _dry_run(options, harness, classes)
     results = harness.run(options.output_dir)
     made = tables.every(results)
     text = "\n\n".join(f"{table.title}\n{table.text()}" for table in made)
     values = {
         "output_dir": str(options.output_dir),
         "methods": list(plan.methods),
+        "forget_class": list(plan.forget),
+        "forget_class_names": classes.names_of(plan.forget),
         "runs": sum(line["phase"] == "reported" for line in results.lines),
         "tables": {table.title: [dict(zip(table.head, row, strict=True)) for row in table.rows] for table in made},
     }
@@ -46,7 +51,7 @@ def _known(options: argparse.Namespace) -> dict[str, Any]:
     return dict(methods(options.mask_density, options.block))
 
 
-def _plan(options: argparse.Namespace) -> Any:
+def _plan(options: argparse.Namespace, classes: Classes) -> Any:
     from pecker_fast.compare.methods import DEFAULT
     from pecker_fast.compare.plan import Plan
 
@@ -56,11 +61,14 @@ def _plan(options: argparse.Namespace) -> Any:
     for name in names:
         if name not in known:
             raise ValueError(f"--methods: unknown method {name!r}; expected all, or some of {', '.join(known)}")
+    forget = chosen(options, classes).forget
+    tuning = classes.find("--tuning_class", options.tuning_class or ()) or classes.retained(forget)[:1]
+    classes.check_seen("--tuning_class", tuning)
     return Plan(
         methods=names,
-        forget=tuple(options.forget_class),
+        forget=forget,
         seeds=tuple(options.seeds),
-        tuning_forget=tuple(options.tuning_class or _another(options.forget_class)),
+        tuning_forget=tuning,
         tuning_seeds=tuple(options.tuning_seeds),
         factors=tuple(options.learning_rate_factors),
         steps=options.max_train_steps,
@@ -68,14 +76,10 @@ def _plan(options: argparse.Namespace) -> Any:
     )
 
 
-def _another(forget: list[int]) -> tuple[int]:
-    """A class that is not reported: the first one."""
-    return (next(label for label in range(len(forget) + 1) if label not in forget),)
-
-
-def _dry_run(options: argparse.Namespace, harness: Any) -> Outcome:
+def _dry_run(options: argparse.Namespace, harness: Any, classes: Classes) -> Outcome:
     plan = harness.plan
     factors = dict.fromkeys(harness.known, 1.0)
     runs = {"tuning": len(plan.tuning(harness.known)), "reported": len(plan.reported(harness.known, factors))}
     names = ("compare.json", "runs.jsonl", "table.md", "quality.png", "curves.png", "samples.png", "report.html")
-    return dry_run({**vars(plan), "runs": runs}, {}, [str(options.output_dir / name) for name in names])
+    named = {"forget_class_names": classes.names_of(plan.forget)}
+    return dry_run({**vars(plan), **named, "runs": runs}, {}, [str(options.output_dir / name) for name in names])

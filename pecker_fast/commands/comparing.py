@@ -6,6 +6,8 @@ import argparse
 from typing import Any
 
 from pecker_fast import models
+from pecker_fast.classes import Classes
+from pecker_fast.commands.classes import classes_at
 from pecker_fast.commands.dataset import load_images
 from pecker_fast.commands.judging import load_judge
 from pecker_fast.commands.source import load_source
@@ -40,6 +42,19 @@ def check_flags(options: argparse.Namespace) -> None:
         for name in (*_DISTILLATION, "generator_lr", "learning_rate", "retrain_steps", "max_train_samples"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name}: the digits have settings of their own; it is for a task of your own")
+
+
+def classes_of_task(options: argparse.Namespace) -> Classes:
+    """Its classes, without loading it.
+
+    Raises:
+        FileFormatError: The model's folder is missing or damaged.
+    """
+    if options.pretrained_model_name_or_path is not None:
+        return classes_at(options.pretrained_model_name_or_path)
+    from pecker_fast import digits_task
+
+    return digits_task.CLASSES
 
 
 def task_flags(options: argparse.Namespace) -> argparse.Namespace:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pecker_fast.commands.classes import classes_at
 from pecker_fast.concept_evaluation import CONCEPT, NEIGHBOURS
 from pecker_fast.prompt_files import EvaluationPrompt, PromptSet, read_prompts, with_seeds
 from pecker_fast.prompt_protocols import Protocol, read_protocol
@@ -96,14 +97,14 @@ def _check_neighbours(concept: str, neighbours: Sequence[str]) -> None:
 
 
 def _labels(options: argparse.Namespace, neighbours: Sequence[str]) -> Sequence[int | None]:
-    if options.neighbour_classes is None:
+    if options.neighbour_classes is None or options.judge is None:  # which --neighbour_classes belongs to
         return [None] * len(neighbours)
     if len(options.neighbour_classes) != len(neighbours):
         raise ValueError(
             f"--neighbour_classes: expected one for each of {len(neighbours)} neighbour concepts, "
             f"got {len(options.neighbour_classes)}"
         )
-    return list(options.neighbour_classes)
+    return classes_at(options.judge).find("--neighbour_classes", options.neighbour_classes)
 
 
 def _read(file: Path, options: argparse.Namespace) -> PromptSet:

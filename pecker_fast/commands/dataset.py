@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pecker_fast.commands.classes import is_of_digits, name_unseen, same_classes
 from pecker_fast.data import ImageData, load_dataset, load_digits
 from pecker_fast.data.dataset import Split
-from pecker_fast.errors import FileFormatError
 
 if TYPE_CHECKING:
     from pecker_fast.commands.source import Source
-
-_DIGITS = ((1, 8, 8), 10)
 
 
 def load_images(path: Path | None, source: Source, *, split: Split = "train", limit: int | None = None) -> ImageData:
@@ -20,7 +18,7 @@ def load_images(path: Path | None, source: Source, *, split: Split = "train", li
 
     Args:
         path: Whatever `pecker_fast.data.load_dataset` reads; None takes the digits, for a model of digits.
-        source: The model; only ``sample_shape`` and ``num_classes`` are looked at.
+        source: The model; only ``sample_shape`` and ``classes`` are looked at.
         split: Which part of it.
         limit: At most so many images, evenly spaced.
 
@@ -30,15 +28,12 @@ def load_images(path: Path | None, source: Source, *, split: Split = "train", li
     """
     channels, size, _ = source.sample_shape
     if path is None:
-        if (source.sample_shape, source.num_classes) != _DIGITS:
+        if not is_of_digits(source.sample_shape, source.classes):
             raise ValueError(
                 f"--train_data_dir: needed, because the model draws {source.num_classes} classes of "
                 f"{source.sample_shape}, not the digits"
             )
         return load_digits()
     data = load_dataset(path, image_size=size, channels=channels, split=split, limit=limit)
-    if len(data.class_names) != source.num_classes:
-        raise FileFormatError(
-            f"{path}: expected images of each of the model's {source.num_classes} classes, got {len(data.class_names)}"
-        )
+    same_classes({"the model": source.classes, str(path): name_unseen(str(path), data)})
     return data

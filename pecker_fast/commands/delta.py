@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from pecker_fast.classes import Classes
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.classes import same_classes
 from pecker_fast.commands.weights import ModelFolder
 from pecker_fast.delta import Delta
 from pecker_fast.delta import file as delta_file
@@ -24,10 +27,12 @@ def run(options: argparse.Namespace) -> Outcome:
 
 def _extract(options: argparse.Namespace) -> Outcome:
     before, after = ModelFolder.read(options.before), ModelFolder.read(options.after)
+    _same_classes({str(options.before): before.classes, str(options.after): after.classes})
     mask = BlockMask.load(options.mask_path)
     name = options.name or options.output_dir.name
     old, new = before.scheduler, after.scheduler
     metadata = {} if old is None or new is None else scheduler_change(old, new)
+    metadata |= {} if before.classes is None else before.classes.to_dict()
     given = {"name": name, "metadata": metadata, "ledger": before.ledger, "progress": not options.quiet}
     try:
         delta = Delta.extract(before.weights, after.weights, mask, **given)
@@ -48,6 +53,7 @@ def _switch(options: argparse.Namespace) -> Outcome:
     scheduler, applied = model.scheduler, options.action == "apply"
     deltas = [Delta.load(folder) for folder in options.delta]
     for folder, delta in zip(options.delta, deltas, strict=True):
+        _same_classes({str(options.model): model.classes, str(folder): Classes.listed_in(delta.metadata)})
         switch = delta.apply if applied else delta.revert
         try:
             switch(model.weights, ledger=model.ledger, progress=not options.quiet)
@@ -68,6 +74,13 @@ def _switch(options: argparse.Namespace) -> Outcome:
         values["scheduler"] = scheduler.class_name
         text += "" if scheduler == model.scheduler else f" The scheduler is {scheduler.class_name} now."
     return Outcome(values, f"{text} Written to {options.output_dir}.")
+
+
+def _same_classes(sides: Mapping[str, Classes | None]) -> None:
+    """Where both sides name their classes; that one belongs to the other is told by the weights."""
+    named = {what: classes for what, classes in sides.items() if classes is not None}
+    if len(named) == len(sides):
+        same_classes(named)
 
 
 def _info(options: argparse.Namespace) -> Outcome:

@@ -6,15 +6,17 @@ import argparse
 import dataclasses
 
 from pecker_fast.commands import Outcome
+from pecker_fast.commands.classes import chosen
 
 
 def run(options: argparse.Namespace) -> Outcome:
     """Train or load the digits model and its judge, run masked, random and dense, and write the report."""
     from pecker_fast import demo, digits_task, report
 
+    asked = chosen(options, digits_task.CLASSES)
     config = demo.DemoConfig(
-        forget=tuple(options.forget_class),
-        override=None if options.override_class is None else tuple(options.override_class),
+        forget=asked.forget,
+        override=asked.override,
         seed=options.seed,
         density=options.mask_density,
         block=options.block,

@@ -6,12 +6,13 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pecker_fast.data import ImageData
 from pecker_fast.data.npz import read_npz
 from pecker_fast.errors import FileFormatError
 
@@ -55,14 +56,17 @@ def to_pixels(images: Tensor) -> Pixels:
     return images.detach().cpu().float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def write_images(file: Path, images: Tensor, labels: Tensor, columns: int) -> None:
-    """Write images as an npz with ``images`` and ``labels``, or as a grid if ``file`` ends in .png.
+def write_images(
+    file: Path, images: Tensor, labels: Tensor, columns: int, class_names: Sequence[str] | None = None
+) -> None:
+    """Write images as an npz with ``images``, ``labels`` and ``class_names``, or as a grid if ``file`` ends in .png.
 
     Args:
         file: Where to.
         images: (N, C, H, W) in [-1, 1].
         labels: (N,) int64.
         columns: Images in a row of the grid.
+        class_names: One a class, for the npz; None leaves them out.
 
     Raises:
         FileFormatError: The file cannot be written.
@@ -71,11 +75,14 @@ def write_images(file: Path, images: Tensor, labels: Tensor, columns: int) -> No
     pixels = to_pixels(images)
     if file.suffix.lower() == ".png":
         _write_grid(file, pixels, columns)
-    else:
-        write_file(file, lambda stream: np.savez_compressed(stream, images=pixels, labels=labels.cpu().numpy()))
+        return
+    arrays: dict[str, Any] = {"images": pixels, "labels": labels.cpu().numpy()}
+    if class_names is not None:
+        arrays["class_names"] = np.array(class_names, dtype=np.str_)
+    write_file(file, lambda stream: np.savez_compressed(stream, **arrays))
 
 
-def read_images(file: Path, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+def read_images(file: Path, sample_shape: Sequence[int]) -> ImageData:
     """Read an npz that ``write_images`` wrote; nothing is unpickled.
 
     Args:
@@ -83,7 +90,7 @@ def read_images(file: Path, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor
         sample_shape: (C, H, W) that the images must have.
 
     Returns:
-        Images (N, C, H, W) float32 in [-1, 1], labels (N,) int64.
+        Images (N, C, H, W) float32 in [-1, 1], labels (N,) int64, names of classes.
 
     Raises:
         FileFormatError: The file is missing, truncated, or holds something else.
@@ -96,8 +103,7 @@ def read_images(file: Path, sample_shape: Sequence[int]) -> tuple[Tensor, Tensor
             f"{file}: expected images (N, {height}, {width}, {channels}), got (N, {high}, {wide}, {got}); "
             "draw them with pecker-fast sample from a model of that size"
         )
-    data = stored.load()
-    return data.images, data.labels
+    return stored.load()
 
 
 def _write_grid(file: Path, pixels: Pixels, columns: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pecker_fast.data import ImageData
+from pecker_fast.evaluation import sides
 from pecker_fast.metrics import InceptionStatistics, fid, inception_score, precision_recall
 from pecker_fast.models.inception import InceptionV3, to_uint8
 from pecker_fast.models.inception_weights import load_inception
@@ -17,7 +19,14 @@ _BATCH = 32
 
 
 def inception_figures(
-    file: Path, images: Tensor, labels: Tensor, real: ImageData, forget: list[int], device: torch.device, quiet: bool
+    file: Path,
+    images: Tensor,
+    labels: Tensor,
+    real: ImageData,
+    forget: Sequence[int],
+    device: torch.device,
+    quiet: bool,
+    retain: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """FID, inception score, precision and recall of generated against real images of the retained classes.
 
@@ -29,14 +38,15 @@ def inception_figures(
         forget: Classes that do not count.
         device: Where the network runs.
         quiet: Show no progress bars.
+        retain: Classes that count; None are all others.
 
     Raises:
         FileFormatError: The weights are missing, damaged, or those of another network.
     """
     network = load_inception(file).to(device).eval()
-    classes = torch.tensor(forget)
-    generated = _features(network, images[~torch.isin(labels.cpu(), classes).to(images.device)], "generated", quiet)
-    known = _features(network, real.images[~torch.isin(real.labels, classes)], "real", quiet)
+    chosen = sides(labels.to(images.device), forget, retain)[1]
+    generated = _features(network, images[chosen], "generated", quiet)
+    known = _features(network, real.images[sides(real.labels, forget, retain)[1]], "real", quiet)
     near = precision_recall(real=known, generated=generated)
     sets = []
     for features in (known, generated):

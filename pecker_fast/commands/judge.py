@@ -9,6 +9,7 @@ import torch
 
 from pecker_fast import models
 from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.classes import Classes
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.source import torch_device
 from pecker_fast.commands.storing import storage_of
@@ -41,7 +42,8 @@ def run(options: argparse.Namespace) -> Outcome:
     train, held_out = data.split()
     if len(held_out) == 0:
         raise ValueError(f"--train_data_dir: expected 3 images of a class to hold a fifth out, got {len(data)} in all")
-    summary = {"images": len(train), "held_out_images": len(held_out), "classes": list(data.class_names), **settings}
+    classes = {"classes": list(data.class_names), "classes_without_images": list(Classes.of_images(train).unseen)}
+    summary = {"images": len(train), "held_out_images": len(held_out), **classes, **settings}
     parameters = {"model": sum(parameter.numel() for parameter in judge.parameters())}
     if options.dry_run:
         names = ("config.json", "diffusion_pytorch_model.safetensors", REPORT_NAME)

@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from pecker_fast import models
+from pecker_fast.commands.classes import classes_of, is_of_digits, same_classes
 from pecker_fast.commands.source import Source
 from pecker_fast.commands.together import first_then_others
+from pecker_fast.config import DistillConfig
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models import DigitsClassifier, ImageClassifier
 from pecker_fast.stop_rule import StopRule
@@ -20,7 +22,6 @@ from pecker_fast.stopping import MIN_SAMPLES, StopCheck
 
 _IDLE = ("stop_every", "stop_samples", "judge")
 _EVERY = 10
-_DIGITS = ((1, 8, 8), 10)
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Stop:
     every: int
 
 
-def check_flags(options: argparse.Namespace, source: Source) -> None:
+def check_flags(options: argparse.Namespace, source: Source, config: DistillConfig) -> None:
     """Refuse a rule that cannot be kept, or that nobody can judge, before anything is done.
 
     Raises:
-        ValueError: It is no rule, too few samples for it, flags without it, or no judge for this model.
+        ValueError: It is no rule, too few samples for it, flags without it, or no judge for this model and its classes.
     """
     if options.stop_on is None:
         for flag in _IDLE:
@@ -54,13 +55,16 @@ def check_flags(options: argparse.Namespace, source: Source) -> None:
         rule.check_samples(samples)
     except ValueError as error:
         raise ValueError(f"--stop_samples: {error}") from error
-    if options.judge in (None, "digits") and (source.sample_shape, source.num_classes) != _DIGITS:
+    if options.judge in (None, "digits") and not is_of_digits(source.sample_shape, source.classes):
         raise ValueError(
-            f"--stop_on: the judge of the digits knows {_DIGITS[1]} classes of {_DIGITS[0]}, the model has "
-            f"{source.num_classes} of {source.sample_shape}; name a classifier's folder with --judge"
+            f"--stop_on: the judge of the digits knows 10 classes of (1, 8, 8), the model has {source.num_classes} of "
+            f"{source.sample_shape} ({source.classes.text(range(source.num_classes)):.200}); name a classifier's "
+            f"folder with --judge"
         )
     if options.judge not in (None, "digits"):
-        load_judge(Path(options.judge), source)
+        judge = classes_of(load_judge(Path(options.judge), source))
+        judged = config.forget if rule.retain is None else (*config.forget, *config.retained)
+        judge.check_seen("--judge", judged, f"among those of {options.judge}")
 
 
 def make(options: argparse.Namespace, source: Source, forget: Sequence[int], seed: int) -> Stop | None:
@@ -114,3 +118,4 @@ def _check_fits(folder: Path, judge: nn.Module, source: Source) -> None:
         raise FileFormatError(
             f"{folder}: tells {logits.shape[-1]} classes apart, the model has {source.num_classes}; take another judge"
         )
+    same_classes({"the model": source.classes, f"the judge {folder}": classes_of(judge)})

@@ -18,7 +18,8 @@ def run(options: argparse.Namespace) -> Outcome:
     if options.dry_run:
         active = round(config.mask.density * source.parameters)
         parameters = {"model": source.parameters, "active_at_most": active}
-        return dry_run(config.mask.to_dict() | {"forget": config.forget}, parameters, [str(options.output_file)])
+        asked = {"forget": config.forget, "forget_class_names": source.classes.names_of(config.forget)}
+        return dry_run(config.mask.to_dict() | asked, parameters, [str(options.output_file)])
     batches = None
     if options.train_data_dir is not None:
         batches = forget_batches(options.train_data_dir, source, config)
@@ -27,6 +28,8 @@ def run(options: argparse.Namespace) -> Outcome:
     mask.save(options.output_file)
     values = {
         "output_file": str(options.output_file),
+        "forget_class": list(config.forget),
+        "forget_class_names": source.classes.names_of(config.forget),
         "density": mask.density,
         "density_asked": mask.density_asked,
         "saliency_mass": mask.mass,
@@ -34,4 +37,5 @@ def run(options: argparse.Namespace) -> Outcome:
         "parameters": mask.total,
         "layers": mask.layer_densities,
     }
-    return Outcome(values, f"{mask.summary()}\n\nWritten to {options.output_file}.")
+    text = f"{mask.summary()}\n\nFor class {source.classes.text(config.forget)}. Written to {options.output_file}."
+    return Outcome(values, text)

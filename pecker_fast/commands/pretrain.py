@@ -11,6 +11,7 @@ import torch
 
 from pecker_fast import models
 from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.classes import Classes
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.pretraining import REPORT_NAME, Earlier, checkpoints_of, machine
 from pecker_fast.commands.source import torch_device
@@ -56,7 +57,9 @@ def run(options: argparse.Namespace) -> Outcome:
     if options.dry_run:
         names = ("config.json", "diffusion_pytorch_model.safetensors", REPORT_NAME)
         writes = [str(options.output_dir / name) for name in names]
-        return dry_run({**summary, "architecture": architecture, "generation": generation}, parameters, writes)
+        return dry_run(
+            {**summary, **_unseen(data), "architecture": architecture, "generation": generation}, parameters, writes
+        )
     report = _train(options, model, data, schedule, generation, earlier, settings, summary)
     return Outcome({"output_dir": str(options.output_dir), "parameters": parameters, **report})
 
@@ -90,12 +93,23 @@ def _train(
             ended, trained, done = error, error.model, error.step
         seconds = earlier.seconds + time.monotonic() - started if checkpoints is None else checkpoints.seconds
         restarts = earlier.restarts if checkpoints is None else checkpoints.extra["restarts"]
-        report = {**summary, "steps_done": done, "seconds": seconds, "restarts": restarts, **machine(model)}
+        report = {
+            **summary,
+            **_unseen(data),
+            "steps_done": done,
+            "seconds": seconds,
+            "restarts": restarts,
+            **machine(model),
+        }
         models.storage.write_model(trained, folder, generation, **storage_of(options))
         write_json(folder / REPORT_NAME, report)
     if ended is not None:
         raise ended
     return report
+
+
+def _unseen(data: ImageData) -> dict[str, list[int]]:
+    return {"classes_without_images": list(Classes.of_images(data).unseen)}
 
 
 def _architecture(options: argparse.Namespace, data: ImageData) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pecker_fast import distilled
 from pecker_fast.apply import check_mask
 from pecker_fast.checkpoint import write_json
+from pecker_fast.commands.classes import chosen, classes_of, same_classes
 from pecker_fast.commands.earlier import RECORD, Earlier, mark_of, resolved, targets_of
 from pecker_fast.commands.source import Source, torch_device
 from pecker_fast.config import DistillConfig
@@ -49,12 +50,14 @@ class Request:
     Attributes:
         forget: The classes that it is for.
         override: What takes their place, as it was given.
+        retain: Classes that are kept; None are all others.
         start: What it starts from; None is the diffusion model itself.
         earlier: Requests whose deltas the generator carries already.
     """
 
     forget: tuple[int, ...]
     override: tuple[int, ...] | None
+    retain: tuple[int, ...] | None
     start: distilled.Distilled | None
     earlier: tuple[Earlier, ...]
 
@@ -66,12 +69,11 @@ class Request:
             FileFormatError: A folder is missing, damaged, or of another model.
             ValueError: Flags that do not go together.
         """
-        override = None if options.override_class is None else tuple(options.override_class)
-        forget = tuple(options.forget_class)
+        asked = chosen(options, source.classes)
         if options.init is None:
             if options.earlier is not None:
                 raise ValueError("--earlier: requests that add up start from one distilled model; give --init too")
-            return cls(forget, override, None, ())
+            return cls(asked.forget, asked.override, asked.retain, None, ())
         if options.earlier is not None and options.mask == "dense":
             raise ValueError("--mask dense: trains every weight, those of --earlier too; take saliency or random")
         start = _start(options, source)
@@ -81,7 +83,7 @@ class Request:
                 request.delta.apply(start.generator, progress=not options.quiet)
             except ValueError as error:
                 raise FileFormatError(f"{options.init / 'model'} and {request.folder / 'delta'}: {error}") from error
-        return cls(forget, override, start, earlier)
+        return cls(asked.forget, asked.override, asked.retain, start, earlier)
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -154,13 +156,16 @@ class Request:
             FileFormatError: It cannot be written.
         """
         if self.start is not None:
+            names = classes_of(self.start.generator).names_of(self.forget)
             values = {"forget": self.forget, "override": self.override, "init": self.start.record["generator"]}
+            values |= {} if names is None else {"forget_names": names}
             values |= {"delta": mark_of(Delta.load(folder / "delta"))}
             write_json(folder / RECORD, values | {"earlier": [str(path) for path in options.earlier or ()]})
 
 
 def _start(options: argparse.Namespace, source: Source) -> distilled.Distilled:
     start = distilled.load(options.init)
+    same_classes({"the model": source.classes, str(options.init): classes_of(start.generator)})
     own = {"true_score": distilled.fingerprint_of(source.model), "schedule": source.schedule.to_dict()}
     for name, value in own.items():
         if start.record.get(name) != value:

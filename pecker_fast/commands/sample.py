@@ -23,18 +23,20 @@ def run(options: argparse.Namespace) -> Outcome:
     """Draw ``num`` images of every class named and write them."""
     check_writable(options.output)
     config = generative_config(options.model)
-    check_classes("--class", options.labels, config["architecture"]["num_classes"])
-    settings = {"class": options.labels, "num": options.num, "seed": options.seed}
+    classes = models.classes_in(config)
+    chosen = classes.find("--class", options.labels)
+    settings = {"class": list(chosen), "class_names": classes.names_of(chosen), "num": options.num}
+    settings |= {"seed": options.seed}
     model = models.load(options.model).to(torch_device(options.device))
     if options.dry_run:
         count = sum(parameter.numel() for parameter in model.parameters())
         return dry_run(settings | {"generation": config["generation"]}, {"model": count}, [str(options.output)])
-    labels = torch.tensor(options.labels).repeat_interleave(options.num)
+    labels = torch.tensor(chosen).repeat_interleave(options.num)
     images = draw(model, config["generation"], labels, options.seed)
-    columns = options.num if len(options.labels) > 1 else math.ceil(math.sqrt(options.num))
-    write_images(options.output, images, labels, columns)
+    columns = options.num if len(chosen) > 1 else math.ceil(math.sqrt(options.num))
+    write_images(options.output, images, labels, columns, classes.names)
     values = {"output": str(options.output), "images": len(images), **settings}
-    return Outcome(values, f"{len(images)} images written to {options.output}.")
+    return Outcome(values, f"{len(images)} images of class {classes.text(chosen)} written to {options.output}.")
 
 
 def generative_config(folder: Path) -> dict[str, Any]:
@@ -50,17 +52,6 @@ def generative_config(folder: Path) -> dict[str, Any]:
             f"{config['_class_name']}; name the folder of a diffusion model or of a distilled generator"
         )
     return config
-
-
-def check_classes(flag: str, labels: list[int], num_classes: int) -> None:
-    """Refuse labels that the model does not have.
-
-    Raises:
-        ValueError: A label is out of range.
-    """
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"{flag}: unknown class {label}; the model has classes 0 to {num_classes - 1}")
 
 
 def draw(model: nn.Module, generation: dict[str, Any], labels: Tensor, seed: int) -> Tensor:

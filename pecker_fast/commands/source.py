@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import models
+from pecker_fast.classes import Classes
+from pecker_fast.commands.classes import chosen, retain_of
 from pecker_fast.commands.dataset import load_images
 from pecker_fast.config import SWITCHES, DistillConfig
 from pecker_fast.draws import check_timesteps
@@ -66,6 +68,12 @@ class Source:
     sample_shape: tuple[int, int, int]
 
     @property
+    def classes(self) -> Classes:
+        """Their names, and which of them had images."""
+        found = Classes.of_module(self.model)
+        return found if found is not None and found.count == self.num_classes else Classes(self.num_classes)
+
+    @property
     def parameters(self) -> int:
         """Weights in all."""
         return sum(parameter.numel() for parameter in self.model.parameters())
@@ -112,6 +120,7 @@ def distill_config(
     *,
     forget: Sequence[int] | None = None,
     override: Sequence[int] | None = None,
+    retain: tuple[int, ...] | None = None,
     defaults: Mapping[str, Any] | None = None,
     mask: Mapping[str, Any] | None = None,
 ) -> DistillConfig:
@@ -122,6 +131,7 @@ def distill_config(
         source: The model.
         forget: Classes; None takes those of the flags, with their overrides.
         override: What takes the place of ``forget``.
+        retain: Classes that are kept; None are all others that the model ever saw.
         defaults: Fields for which no flag was given; the rest is left to ``DistillConfig``.
         mask: Fields of the mask that have the last word.
 
@@ -129,7 +139,8 @@ def distill_config(
         ValueError: An unknown class, a number out of range, or a timestep that the model's schedule does not have.
     """
     if forget is None:
-        forget, override = options.forget_class, getattr(options, "override_class", None)
+        asked = chosen(options, source.classes)
+        forget, override, retain = asked.forget, asked.override, asked.retain
     given = fields_of(options, DISTILL_FIELDS) | switches(options)
     if getattr(options, "fake_score_mask", None) == "same":
         given["fake_score_mask"] = "same"
@@ -138,6 +149,7 @@ def distill_config(
     config = DistillConfig(
         forget=tuple(forget),
         override=None if override is None else tuple(override),
+        retain=retain_of(source.classes, forget, retain),
         num_classes=source.num_classes,
         sample_shape=source.sample_shape,
         mask=MaskConfig(**mask_settings(options) | dict(mask or {})),
@@ -157,19 +169,15 @@ def forget_batches(folder: Path, source: Source, config: DistillConfig) -> Itera
 
     Raises:
         FileFormatError: The folder is empty, or its classes are not the model's.
-        ValueError: The images cannot be averaged to the model's size.
+        ValueError: The images cannot be averaged to the model's size, or a class to forget has none.
     """
     data = load_images(folder, source)
+    Classes.of_images(data).check_seen("--forget_class", config.forget, f"in {folder}")
     chosen = torch.isin(data.labels, torch.tensor(config.forget)).nonzero().flatten()
     generator = torch.Generator().manual_seed(config.seed)
     size = config.forget_samples
     draws = [chosen[torch.randint(len(chosen), (size,), generator=generator)] for _ in range(config.mask.batches)]
     return ((data.images[draw], data.labels[draw]) for draw in draws)
-
-
-def classes_text(labels: Sequence[int]) -> str:
-    """Labels for a sentence."""
-    return ", ".join(map(str, labels))
 
 
 def mask_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pecker_fast.commands import Outcome, dry_run, judging, unlearn_baseline, un
 from pecker_fast.commands.earlier import RECORD
 from pecker_fast.commands.requests import Request
 from pecker_fast.commands.resuming import Training
-from pecker_fast.commands.source import Source, classes_text, distill_config, load_source
+from pecker_fast.commands.source import Source, distill_config, load_source
 from pecker_fast.commands.together import group_of, is_first, output_folder
 from pecker_fast.concept_flags import PECKER, SFD, asks_for_prompts, check_class_flags
 from pecker_fast.concepts.pipeline import PipelineFolder
@@ -54,9 +54,17 @@ def distil(options: argparse.Namespace) -> Outcome:
         request.check_mask(mask, source.model, options)
     forget, override = request.classes
     changes = {} if mask is None else {"density": mask.density_asked}
-    config = distill_config(options, source, forget=forget, override=override, defaults=request.defaults, mask=changes)
+    config = distill_config(
+        options,
+        source,
+        forget=forget,
+        override=override,
+        retain=request.retain,
+        defaults=request.defaults,
+        mask=changes,
+    )
     Training(options).check()
-    judging.check_flags(options, source)
+    judging.check_flags(options, source, config)
     if options.dry_run:
         return _dry_run(options, source, config, mask)
 
@@ -81,6 +89,7 @@ def distil(options: argparse.Namespace) -> Outcome:
         "output_dir": str(options.output_dir),
         "model": str(options.output_dir / "model"),
         "forget_class": list(request.forget),
+        "forget_class_names": source.classes.names_of(request.forget),
         "density": mask.density,
         "trainable_parameters": distiller.active.numel,
         "parameters": source.parameters,
@@ -89,7 +98,7 @@ def distil(options: argparse.Namespace) -> Outcome:
     }
     if stop is not None:
         values["stopped"] = training.stopped
-    return Outcome(values, _text(options, values))
+    return Outcome(values, _text(options, values, source.classes.text(request.forget)))
 
 
 def _dry_run(options: argparse.Namespace, source: Source, config: DistillConfig, mask: BlockMask | None) -> Outcome:
@@ -98,12 +107,14 @@ def _dry_run(options: argparse.Namespace, source: Source, config: DistillConfig,
     more = (("checkpoint-*/",) if options.checkpointing_steps else ()) + ((RECORD,) if options.init else ())
     writes = [str(options.output_dir / name) for name in (*_WRITES, *more)]
     settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
+    if (names := source.classes.names_of(config.forget)) is not None:
+        settings["forget_class_names"] = names
     return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
 
 
-def _text(options: argparse.Namespace, values: dict[str, Any]) -> str:
+def _text(options: argparse.Namespace, values: dict[str, Any], classes: str) -> str:
     text = (
-        f"Forgot class {classes_text(values['forget_class'])} in {values['step']} steps ({values['seconds']:.1f} s), "
+        f"Forgot class {classes} in {values['step']} steps ({values['seconds']:.1f} s), "
         f"training {values['trainable_parameters']:,} of {values['parameters']:,} weights. "
         f"Written to {options.output_dir}."
     )

@@ -13,9 +13,10 @@ from pecker_fast.baseline_flags import BASELINE_FIELDS, SALUN, SHARED_FIELDS
 from pecker_fast.baselines import Baseline, BaselineConfig, salun, salun_mask_config
 from pecker_fast.baselines.needs import PARTS
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.classes import chosen, retain_of
 from pecker_fast.commands.dataset import load_images
 from pecker_fast.commands.requests import Request
-from pecker_fast.commands.source import Source, classes_text, fields_of, load_source, mask_settings
+from pecker_fast.commands.source import Source, fields_of, load_source, mask_settings
 from pecker_fast.commands.together import group_of, output_folder
 from pecker_fast.mask import BlockMask
 from pecker_fast.mask_config import MaskConfig
@@ -32,7 +33,7 @@ def run(options: argparse.Namespace) -> Outcome:
     config = baseline_config(options, source)
     mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
     if mask is not None:
-        Request(config.forget, config.override, None, ()).check_mask(mask, source.model, options)
+        Request(config.forget, config.override, config.retain, None, ()).check_mask(mask, source.model, options)
     needed = PARTS[config.method] or options.train_data_dir is not None
     data = load_images(options.train_data_dir, source) if needed else None
     baseline = Baseline(source.model, source.schedule, config, data=data)
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> Outcome:
         lines = "".join(json.dumps(dict(step)) + "\n" for step in metrics)
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     values = _values(options, source, baseline, seconds) | dict(metrics[-1])
-    return Outcome(values, _text(options, values))
+    return Outcome(values, _text(options, values, source.classes.text(config.forget)))
 
 
 def baseline_config(options: argparse.Namespace, source: Source) -> BaselineConfig:
@@ -60,10 +61,12 @@ def baseline_config(options: argparse.Namespace, source: Source) -> BaselineConf
     Raises:
         ValueError: An unknown class, or a number out of range.
     """
+    asked = chosen(options, source.classes)
     own_steps = models.load_config(options.pretrained_model_name_or_path)["generation"]["steps"]
     settings: dict[str, Any] = {
-        "forget": tuple(options.forget_class),
-        "override": None if options.override_class is None else tuple(options.override_class),
+        "forget": asked.forget,
+        "override": asked.override,
+        "retain": retain_of(source.classes, asked.forget, asked.retain),
         "num_classes": source.num_classes,
         "sample_shape": source.sample_shape,
         "sampling_steps": own_steps,
@@ -85,6 +88,8 @@ def _dry_run(options: argparse.Namespace, source: Source, config: BaselineConfig
     density = 1.0 if config.mask.kind == "dense" else config.mask.density
     active = round(density * source.parameters) if mask is None else mask.numel
     settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
+    if (names := source.classes.names_of(config.forget)) is not None:
+        settings["forget_class_names"] = names
     writes = [str(options.output_dir / name) for name in _WRITES]
     return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
 
@@ -95,6 +100,7 @@ def _values(options: argparse.Namespace, source: Source, baseline: Baseline, sec
         "model": str(options.output_dir / "model"),
         "method": options.method,
         "forget_class": list(baseline.config.forget),
+        "forget_class_names": source.classes.names_of(baseline.config.forget),
         "density": baseline.active.mask.density,
         "trainable_parameters": baseline.active.numel,
         "parameters": source.parameters,
@@ -102,10 +108,9 @@ def _values(options: argparse.Namespace, source: Source, baseline: Baseline, sec
     }
 
 
-def _text(options: argparse.Namespace, values: dict[str, Any]) -> str:
-    classes, seconds = classes_text(values["forget_class"]), values["seconds"]
+def _text(options: argparse.Namespace, values: dict[str, Any], classes: str) -> str:
     return (
-        f"Unlearned class {classes} by {options.method} in {values['step']} steps ({seconds:.1f} s), "
+        f"Unlearned class {classes} by {options.method} in {values['step']} steps ({values['seconds']:.1f} s), "
         f"training {values['trainable_parameters']:,} of {values['parameters']:,} weights. "
         f"Written to {options.output_dir}."
     )

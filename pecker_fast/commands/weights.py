@@ -7,13 +7,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pecker_fast.checkpoint import atomic_folder, read_safetensors, rewrite_safetensors
+from pecker_fast.checkpoint import atomic_folder, read_json, read_safetensors, rewrite_safetensors
+from pecker_fast.classes import Classes
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.pipeline_files import TEXTS, check_pipeline, copy_components, copy_texts, is_pipeline
 from pecker_fast.models.pipeline_scheduler import PipelineScheduler
 from pecker_fast.models.shards import INDEX_NAME, pieces, read_shards
-from pecker_fast.models.storage import DELTAS_NAME, WEIGHTS_NAME
+from pecker_fast.models.storage import CONFIG_NAME, DELTAS_NAME, WEIGHTS_NAME
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,19 @@ class ModelFolder:
             folder, scheduler = pipeline / "unet", PipelineScheduler.read(pipeline)
         files, weights = _read_weights(folder)
         return cls(folder, files, weights, Ledger.load(folder), pipeline, scheduler)
+
+    @property
+    def classes(self) -> Classes | None:
+        """What ``config.json`` says of the classes, if it does.
+
+        Raises:
+            FileFormatError: It is damaged.
+        """
+        file = self.path / CONFIG_NAME
+        try:
+            return Classes.listed_in(read_json(file)) if file.is_file() else None
+        except ValueError as error:
+            raise FileFormatError(f"{file}: {error}") from error
 
     def writes(self, scheduler: PipelineScheduler | None) -> list[str]:
         """Names of the files that `write` changes."""

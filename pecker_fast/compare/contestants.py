@@ -67,16 +67,16 @@ class Contestant(Runner, Protocol):
 
 def make(method: Method, task: Task, job: Job) -> Contestant:
     """Ready for ``build_mask()``; the task's networks stay as they are."""
-    override = task.overrides(job.forget)
-    common: dict[str, Any] = {"forget": job.forget, "override": override, "num_classes": task.num_classes}
+    classes = {"override": task.overrides(job.forget), "retain": task.retained(job.forget)}
+    common: dict[str, Any] = {"forget": job.forget, "num_classes": task.num_classes}
     common |= {"sample_shape": task.sample_shape, "seed": job.seed, "mask": _mask(method, task, job)}
     if method.family == "distillation":
         rates = dict.fromkeys(("generator_lr", "fake_score_lr"), task.distillation_lr * job.factor)
-        config = DistillConfig(**{**common, **task.distillation, **rates, **method.settings})
+        config = DistillConfig(**{**common, **task.distillation, **classes, **rates, **method.settings})
         return MaskedDistiller(task.true_score, task.schedule, config)
     rate = {"learning_rate": task.diffusion_lr * job.factor}
     own = task.rules.get(method.settings["method"], {})
-    settings = BaselineConfig(**{**common, **task.diffusion, **rate, **own, **method.settings})
+    settings = BaselineConfig(**{**common, **task.diffusion, **classes, **rate, **own, **method.settings})
     return Baseline(task.true_score, task.schedule, settings, data=task.train)
 
 

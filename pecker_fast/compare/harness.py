@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pecker_fast.classes import Classes
 from pecker_fast.compare import figures, judging, page, tables, timing
 from pecker_fast.compare.contestants import Runner, make
 from pecker_fast.compare.methods import REFERENCE, Method
@@ -57,7 +58,7 @@ class Harness:
             FileFormatError: The folder cannot be written, or is damaged.
         """
         task = self.task()
-        self.plan.check_classes(task.num_classes)
+        self._check_classes(task)
         with Store(folder, self.settings(task)) as store:
             try:
                 self._before(task, store)
@@ -84,9 +85,17 @@ class Harness:
         made = tables.every(results)
         (store.folder / "table.md").write_text(tables.markdown(made), encoding="utf-8")
         pictures = figures.write(results, store.folder, task.train.class_names, self.plan.forget)
-        settings = {"seeds": list(self.plan.seeds), **self.settings(task)}
+        classes = task.classes.text(self.plan.forget)
+        settings = {"seeds": list(self.plan.seeds), "forgotten": classes, **self.settings(task)}
         page.write(store.folder / "report.html", results, made, pictures, settings)
         return results
+
+    def _check_classes(self, task: Task) -> None:
+        """Of what is forgotten there must be images: for the judge, and for an attacker, who has others of it."""
+        self.plan.check_classes(task.num_classes)
+        for flag, labels in (("--forget_class", self.plan.forget), ("--tuning_class", self.plan.tuning_forget)):
+            task.classes.check_seen(flag, labels)
+        Classes.of_images(task.held_out).check_seen("--forget_class", self.plan.forget, "in the test part")
 
     # -- the parts ---------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from pecker_fast.attacks import probe, relearn
 from pecker_fast.checkpoint import atomic_file
 from pecker_fast.compare.contestants import Runner, trained
 from pecker_fast.compare.task import Task
+from pecker_fast.evaluation import sides
 from pecker_fast.metrics import (
     FeatureStatistics,
     denoising_scores,
@@ -85,7 +86,7 @@ class Panel:
     def verdict(self, contestant: Runner) -> dict[str, Any]:
         """Everything that images alone show."""
         seen = self._drawn(contestant, self.samples)
-        forgotten, retained = seen.of(self._forgotten(seen.labels)), seen.of(~self._forgotten(seen.labels))
+        forgotten, retained = (seen.of(side) for side in self._sides(seen.labels))
         entropy = label_entropy(forgotten.logits, self.forget)
         count, generated = len(forgotten.labels), _spread(retained.features)
         found: dict[str, Any] = self._verdict(seen)
@@ -133,7 +134,8 @@ class Panel:
         pixels = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as unfinished, unfinished.open("wb") as file:
-            np.savez_compressed(file, images=pixels, labels=labels.numpy())
+            names = np.array(self.task.train.class_names, dtype=np.str_)
+            np.savez_compressed(file, images=pixels, labels=labels.numpy(), class_names=names)
 
     @torch.no_grad()
     def look(self, images: Tensor, labels: Tensor) -> Seen:
@@ -147,7 +149,7 @@ class Panel:
     def _real(self) -> Seen:
         """Real images of the retained classes, those that the model knows."""
         data = self.task.train
-        kept = ~self._forgotten(data.labels)
+        _, kept = self._sides(data.labels)
         return self.look(data.images[kept], data.labels[kept])
 
     @cached_property
@@ -162,12 +164,12 @@ class Panel:
         return self.look(contestant.sample(labels.to(contestant.device), seed=self._noise_seed), labels)
 
     def _verdict(self, seen: Seen) -> dict[str, float]:
-        forgotten = self._forgotten(seen.labels)
+        forgotten, retained = self._sides(seen.labels)
         generated = FeatureStatistics()
-        generated.update(seen.features[~forgotten])
+        generated.update(seen.features[retained])
         return {
             "unlearning_accuracy": unlearning_accuracy(seen.logits[forgotten], self.forget),
-            "retain_accuracy": retain_accuracy(seen.logits[~forgotten], seen.labels[~forgotten]),
+            "retain_accuracy": retain_accuracy(seen.logits[retained], seen.labels[retained]),
             "frechet_distance": frechet_distance(generated, self._real_statistics),
         }
 
@@ -179,7 +181,7 @@ class Panel:
         device = next(network.parameters()).device
         scores = []
         for data in (self.task.train, self.task.held_out):
-            chosen = self._forgotten(data.labels)
+            chosen, _ = self._sides(data.labels)
             images, labels = data.images[chosen].to(device), data.labels[chosen].to(device)
             predict = lambda x, t, c: network(x, t, c)  # noqa: E731
             timesteps = [round(share * self.task.schedule.num_train_timesteps) for share in ATTACKED]
@@ -205,8 +207,9 @@ class Panel:
     def _noise_seed(self) -> int:
         return fresh_seed("judging", self.seed)
 
-    def _forgotten(self, labels: Tensor) -> Tensor:
-        return torch.isin(labels, torch.tensor(self.forget, device=labels.device))
+    def _sides(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which are of forgotten and which of retained classes."""
+        return sides(labels, self.forget, self.task.retained(self.forget))
 
 
 def _spread(features: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def write(
     Raises:
         FileFormatError: It cannot be written, or a picture cannot be read.
     """
-    forget = ", ".join(map(str, settings["forget"]))
+    forget = settings["forgotten"]
     what = "".join(f"<dt>{escape(name)}</dt><dd>{escape(results.known[name].about)}</dd>" for name in results.methods)
     body = [
         f"<p>{escape(_INTRODUCTION.format(forget=forget, seeds=len(settings['seeds']), task=settings['task']))}</p>",

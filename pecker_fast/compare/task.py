@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
+from pecker_fast.classes import Classes
 from pecker_fast.data import ImageData
 from pecker_fast.delta.fingerprint import fingerprint_all
 from pecker_fast.distilled import fingerprint_of
@@ -57,14 +58,27 @@ class Task:
         return len(self.train.class_names)
 
     @property
+    def classes(self) -> Classes:
+        """Their names; classes that model or judge never saw, or that have no image to compare with, are unseen."""
+        known = (Classes.of_module(network) for network in (self.true_score, self.judge))
+        found = [Classes.of_images(self.train), *(classes for classes in known if classes is not None)]
+        unseen = {label for classes in found for label in classes.unseen}
+        return replace(found[0], unseen=tuple(sorted(unseen)))
+
+    def retained(self, forget: Sequence[int]) -> tuple[int, ...]:
+        """Classes that are kept, where ``forget`` are forgotten: what ``distillation`` retains, or all others."""
+        kept = self.distillation.get("retain", range(self.num_classes))
+        return tuple(label for label in self.classes.retained(forget) if label in kept)
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         return cast(tuple[int, int, int], tuple(self.train.images.shape[1:]))
 
     def overrides(self, forget: Sequence[int]) -> tuple[int, ...]:
         """What is drawn instead of each forgotten class: the next retained one."""
-        following = ([(label + i) % self.num_classes for i in range(1, self.num_classes)] for label in forget)
-        return tuple(next(other for other in others if other not in forget) for others in following)
+        kept, count = self.retained(forget), self.num_classes
+        return tuple(min(kept, key=lambda other: (other - label) % count) for label in forget)
 
     def description(self) -> dict[str, Any]:
         """What runs of it depend on, JSON values."""

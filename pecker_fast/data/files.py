@@ -58,13 +58,21 @@ def check_sums(root: Path, files: Iterable[Path], checksums: Mapping[str, str] |
 
 
 def natural(files: Iterable[Path]) -> list[Path]:
-    """Files by name, with 2 before 10."""
-    return sorted(files, key=lambda file: [int(part) if part.isdecimal() else part for part in _parts(file.name)])
+    """Files or folders by name, with 2 before 10."""
+    return sorted(files, key=lambda file: natural_key(file.name))
 
 
-def _parts(name: str) -> list[str]:
-    """Text and numbers, in turn."""
-    return re.split("([0-9]+)", name)
+def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
+    """What names are sorted by wherever their order says which class is which: numbers as numbers, text as text.
+
+    Names that only differ in leading zeros are told apart by the names themselves.
+    """
+    parts: list[str | tuple[int, str]] = [*re.split("([0-9]+)", name)]  # text and numbers, in turn
+    for index, number in enumerate(parts):
+        if isinstance(number, str) and index % 2:
+            digits = number.lstrip("0")
+            parts[index] = len(digits), digits  # as a number, however long it is
+    return parts, name
 
 
 def of_split(files: list[Path], split: str) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Image folders: ``root/<class name>/*.png`` (or jpg), class indices in the order of the sorted names."""
+"""Image folders: ``root/<class name>/*.png`` (or jpg), class indices in the order of the names, with 2 before 10."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pecker_fast.data import pictures
-from pecker_fast.data.files import check_sums
+from pecker_fast.data.files import check_sums, natural
 from pecker_fast.data.images import ImageData
 from pecker_fast.data.stored import BLOCK, Indices, Pixels, StoredImages
 from pecker_fast.errors import FileFormatError
@@ -29,7 +29,7 @@ def load_image_folder(path: str | Path, *, image_size: int, channels: int = 3) -
         channels: 1 (grey) or 3 (RGB); images are converted.
 
     Returns:
-        Images (N, channels, image_size, image_size) float32 in [-1, 1], classes sorted by name, files within.
+        Images (N, channels, image_size, image_size) float32 in [-1, 1], classes by name, 2 before 10, files within.
 
     Raises:
         FileFormatError: The folder is missing or empty, or an image is unreadable or of another size.
@@ -91,14 +91,14 @@ def class_roots(root: Path, split: str) -> list[Path]:
 
 
 def _class_folders(root: Path) -> list[Path]:
-    """Subfolders by name, hidden ones left out.
+    """Subfolders by name, with 2 before 10, hidden ones left out.
 
     Raises:
         FileFormatError: There are none.
     """
     if not root.is_dir():
         raise FileFormatError(f"{root}: no such folder; expected one subfolder per class")
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = natural(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
         raise FileFormatError(f"{root}: holds no class folders; put each class into a subfolder of its own")
     return folders

@@ -42,8 +42,9 @@ def read_npz(file: Path, checksums: Mapping[str, str] | None = None) -> StoredIm
         hint = "; floats in [-1, 1] become uint8 by round(127.5 * (x + 1))" if images.dtype.kind == "f" else ""
         raise FileFormatError(f"{file}: expected {_LAYOUT}, got images {images.shape} {images.dtype}{hint}")
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or int(labels.max(initial=0)) >= 2**62:
+        hint = "; rows of a one-hot table become numbers by labels.argmax(1)" if labels.ndim == 2 else ""
         raise FileFormatError(
-            f"{file}: expected {_LAYOUT}, got labels {labels.shape} {labels.dtype} for {len(images)} images"
+            f"{file}: expected {_LAYOUT}, got labels {labels.shape} {labels.dtype} for {len(images)} images{hint}"
         )
     if names is not None and (names.dtype.kind != "U" or names.ndim != 1):
         raise FileFormatError(f"{file}: expected {_LAYOUT}, got class_names {names.shape} {names.dtype}")

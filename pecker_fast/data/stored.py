@@ -142,10 +142,12 @@ def joined(source: Path, parts: Sequence[StoredImages]) -> StoredImages:
     """
     names = max((part.class_names for part in parts), key=len)
     for part in parts:
-        if part.shape != parts[0].shape or part.class_names != names[: len(part.class_names)]:
+        other = next((pair for pair in zip(part.class_names, names, strict=False) if pair[0] != pair[1]), None)
+        if part.shape != parts[0].shape or other is not None:
+            first = "" if other is None else f": class {names.index(other[1])} is {other[0]!r} there, else {other[1]!r}"
             raise FileFormatError(
                 f"{part.source}: {len(part.class_names)} classes of {part.shape} do not go with the "
-                f"{len(parts[0].class_names)} of {parts[0].shape} of {parts[0].source}"
+                f"{len(parts[0].class_names)} of {parts[0].shape} of {parts[0].source}{first}"
             )
 
     def read(indices: Indices) -> Iterator[Pixels]:
@@ -169,8 +171,9 @@ def checked_names(source: Path, labels: Indices, names: Sequence[str] | None) ->
     classes = _MAX_CLASSES if names is None else len(names)
     bad = ((labels < 0) | (labels >= classes)).nonzero()[0]
     if len(bad):
+        hint = "; leave out images that have no class" if labels[bad[0]] < 0 else ""
         raise FileFormatError(
-            f"{source}: label {labels[bad[0]]} of image {bad[0]} is out of range; expected 0 to {classes - 1}"
+            f"{source}: label {labels[bad[0]]} of image {bad[0]} is out of range; expected 0 to {classes - 1}{hint}"
         )
     return tuple(names) if names is not None else tuple(map(str, range(int(labels.max(initial=-1)) + 1)))
 

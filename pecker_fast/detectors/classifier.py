@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pecker_fast import models
 from pecker_fast.checkpoint import StrPath
+from pecker_fast.classes import Classes, ClassLabel
 from pecker_fast.detectors.detector import Pixels, Values, sha256_of
 from pecker_fast.errors import FileFormatError, NonFiniteError
 from pecker_fast.models import DigitsClassifier, ImageClassifier
@@ -26,25 +27,26 @@ class Classifier:
     class.
     """
 
-    def __init__(self, folder: StrPath, label: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, folder: StrPath, label: ClassLabel, *, device: torch.device | str = "cpu") -> None:
         """Load it.
 
         Args:
             folder: Of the classifier.
-            label: The class to be seen.
+            label: The class to be seen, by its number or its name.
             device: Where it runs.
 
         Raises:
             FileFormatError: The folder is missing or damaged, or holds no classifier.
-            ValueError: It has no such class.
+            ValueError: It has no such class, or never saw an image of it.
         """
         network = models.load(folder)
         if not isinstance(network, DigitsClassifier | ImageClassifier):
             raise FileFormatError(f"{folder}: is a model that draws images; expected a classifier's folder")
-        self.classes = int(network.config["num_classes"])
-        if not 0 <= label < self.classes:
-            raise ValueError(f"{folder}: unknown class {label}; the classifier has 0 to {self.classes - 1}")
-        self.label, self.name, self.sha256 = label, Path(folder).name, sha256_of(folder)
+        known = Classes.of_module(network) or Classes(int(network.config["num_classes"]))
+        (found,) = known.find(str(folder), [label])
+        known.check_seen(str(folder), [found])
+        self.classes, self.label, self.class_names = known.count, found, known.names_of([found])
+        self.name, self.sha256 = Path(folder).name, sha256_of(folder)
         self._device, self._network = torch.device(device), network.to(device).eval()
 
     def describe(self) -> dict[str, Any]:
@@ -55,6 +57,7 @@ class Classifier:
             "folder": self.name,
             "sha256": self.sha256,
             "class": self.label,
+            "class_names": self.class_names,
             "classes": self.classes,
             "threshold": "largest of all classes",
             "resized_to": [channels, size, size],

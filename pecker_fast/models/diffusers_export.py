@@ -19,7 +19,7 @@ from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.ddpm import DDPMUNet
 from pecker_fast.models.one_step_scheduler import betas_of, diffusers_library, one_step_scheduler
-from pecker_fast.models.storage import load, load_config
+from pecker_fast.models.storage import classes_in, load, load_config
 from pecker_fast.schedule import NoiseSchedule
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json", "generation.json")
@@ -68,7 +68,7 @@ class Exported:
     Attributes:
         unet: ``UNet2DModel`` that predicts what the folder's network does.
         scheduler: Its scheduler, see `to_scheduler`.
-        generation: How this package samples.
+        generation: How this package samples, and what the classes are called, where that is known.
     """
 
     unet: Any
@@ -91,7 +91,8 @@ class Exported:
                 f"with generation {config['generation']!r}"
             )
         model = cast(DDPMUNet, load(folder))
-        return cls(to_diffusers(model), to_scheduler(config["generation"]), config["generation"])
+        generation = config["generation"]
+        return cls(to_diffusers(model), to_scheduler(generation), generation | classes_in(config).to_dict())
 
     def save(self, folder: StrPath) -> None:
         """Write the files of ``FILES``, complete or not at all.

@@ -10,6 +10,8 @@ arguments and, under ``generation``, everything needed to sample from it::
 largest magnitude of a sample; latents, which have no bounds, take None. A model that carries deltas has
 ``pecker_deltas.json`` beside its weights (see `pecker_fast.delta.ledger`).
 
+``class_names`` and ``classes_without_images`` are there where they are known (see `pecker_fast.classes`).
+
 Weights may be stored in fewer bits than they are used in, and in several files: then ``config.json`` also has
 ``dtype``, what they are loaded in, and ``weights``, the index file (see `pecker_fast.models.shards`).
 """
@@ -29,6 +31,7 @@ from pecker_fast.checkpoint import (
     write_json,
     write_safetensors,
 )
+from pecker_fast.classes import CLASS_KEYS, Classes
 from pecker_fast.errors import FileFormatError
 from pecker_fast.maskable import STORE
 from pecker_fast.models.classifier import DigitsClassifier
@@ -74,8 +77,8 @@ def save(
     Raises:
         FileFormatError: The folder cannot be written.
         TypeError: The model is of another class.
-        ValueError: ``generation`` is incomplete or out of range, ``dtype`` cannot hold the weights, or
-            ``max_shard_size`` not even one of them.
+        ValueError: ``generation`` is incomplete or out of range, the model carries the names of another number of
+            classes, ``dtype`` cannot hold the weights, or ``max_shard_size`` not even one of them.
     """
     if _CLASSES.get(type(model).__name__) is not type(model):
         raise TypeError(
@@ -105,17 +108,22 @@ def write_model(
             vars(module)[STORE].sync_()
     if DELTAS_ATTRIBUTE in model.__dict__:
         write_json(Path(folder) / DELTAS_NAME, model.__dict__[DELTAS_ATTRIBUTE])
+    classes = Classes.of_module(model)
+    known = {} if classes is None else classes.to_dict()
     save_pretrained = getattr(model, "save_pretrained", None)
     if callable(save_pretrained):
         save_pretrained(folder)
-        write_json(Path(folder) / "generation.json", dict(generation or {}))
+        write_json(Path(folder) / "generation.json", dict(generation or {}) | known)
         return
     name = type(model).__name__
+    if classes is not None and _CLASSES.get(name) is type(model):
+        Classes.from_dict(known, int(model.config["num_classes"]))  # type: ignore[index]  # refuses others' names
     config: dict[str, Any] = {
         "_class_name": name,
         "_format_version": FORMAT_VERSION,
         "architecture": model.config if _CLASSES.get(name) is type(model) else None,
         "generation": None if generation is None else dict(generation),
+        **known,
     }
     weights = model.state_dict()
     if dtype is not None:
@@ -134,6 +142,8 @@ def write_model(
 
 def load_config(folder: StrPath) -> dict[str, Any]:
     """Read and check ``config.json``: ``_class_name``, ``architecture`` and ``generation`` (a dict or None).
+
+    `classes_in` gives the classes that it names.
 
     Raises:
         FileFormatError: The file is missing or damaged, or describes something that this version cannot load.
@@ -157,12 +167,26 @@ def load_config(folder: StrPath) -> dict[str, Any]:
         raise FileFormatError(f"{path}: dtype is {config['dtype']!r}, expected one of {', '.join(_DTYPES)}")
     if config.get("weights") not in (None, INDEX_NAME):
         raise FileFormatError(f"{path}: weights is {config['weights']!r:.80}, expected {INDEX_NAME!r} or nothing")
-    if config.setdefault("generation", None) is not None:
-        try:
+    try:
+        if CLASS_KEYS & config.keys():
+            classes_in(config)
+        if config.setdefault("generation", None) is not None:
             _check_generation(config["generation"])
-        except ValueError as error:
-            raise FileFormatError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise FileFormatError(f"{path}: {error}") from error
     return config
+
+
+def classes_in(config: Mapping[str, Any]) -> Classes:
+    """The classes of a model, from what `load_config` read.
+
+    Raises:
+        ValueError: Their number is missing, or their names are damaged.
+    """
+    count = config["architecture"].get("num_classes")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"num_classes must be a positive integer, got {count!r}")
+    return Classes.from_dict(config, count)
 
 
 def load(folder: StrPath, dtype: torch.dtype | None = None) -> nn.Module:
@@ -192,6 +216,7 @@ def load(folder: StrPath, dtype: torch.dtype | None = None) -> nn.Module:
             name: weight.to(wanted) if weight.is_floating_point() else weight for name, weight in weights.items()
         }
     model.load_state_dict(weights, assign=True)
+    Classes.from_dict(config, int(model.config["num_classes"])).put_on(model)  # type: ignore[index]
     deltas = Path(folder) / DELTAS_NAME
     if deltas.exists():
         model.__dict__[DELTAS_ATTRIBUTE] = read_json(deltas)
