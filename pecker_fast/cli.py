@@ -13,7 +13,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +23,7 @@ from pecker_fast import config_file
 from pecker_fast.commands import Outcome
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
 from pecker_fast.commands.together import run as run_together
-from pecker_fast.errors import FileFormatError, NonFiniteError, OutOfTimeError
+from pecker_fast.errors import FileFormatError, NonFiniteError, OutOfTimeError, PeckerFastWarning
 from pecker_fast.parser import build_parser
 
 USAGE, BAD_FILE, NON_FINITE, OUT_OF_TIME, INTERRUPTED = 2, 3, 4, 5, 130
@@ -56,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _attempt(options: argparse.Namespace) -> Ended:
     """Run the command; what users can mend comes back as a text and an exit code."""
     try:
-        # Imported only now, so that --help and usage errors come at once.
-        return Ended(0, outcome=importlib.import_module(f"pecker_fast.commands.{options.command}").run(options))
+        with _warnings_told(options):
+            # Imported only now, so that --help and usage errors come at once.
+            return Ended(0, outcome=importlib.import_module(f"pecker_fast.commands.{options.command}").run(options))
     except KeyboardInterrupt as interrupt:
         return Ended(INTERRUPTED, f"interrupted; {str(interrupt) or 'nothing was written'}")
     except NonFiniteError as error:
@@ -68,6 +71,23 @@ def _attempt(options: argparse.Namespace) -> Ended:
         return Ended(BAD_FILE, str(error))
     except (ValueError, TypeError, ImportError) as error:
         return Ended(USAGE, str(error))
+
+
+@contextmanager
+def _warnings_told(options: argparse.Namespace) -> Iterator[None]:
+    """The package's own warnings in one line each, at once: a training may take days from there. Others as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PeckerFastWarning)
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, PeckerFastWarning):
+                _warn(options, str(message))
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = tell
+        yield
 
 
 def _attempt_quietly(options: argparse.Namespace) -> Ended:
@@ -83,7 +103,7 @@ def _report(ended: Ended, options: argparse.Namespace) -> int:
     if ended.outcome is None:
         return _fail(options, ended.message, ended.code)
     if ended.outcome.warning is not None:
-        print(f"pecker-fast {options.command}: warning: {' '.join(ended.outcome.warning.split())}", file=sys.stderr)
+        _warn(options, ended.outcome.warning)
     try:
         _print(_keep_flags(ended.outcome, options), options)
     except FileFormatError as error:
@@ -124,6 +144,10 @@ def _lines(values: Mapping[str, Any], shown: Mapping[str, str], indent: str = ""
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
             lines.append(f"{indent}{key}: {text}")
     return lines
+
+
+def _warn(options: argparse.Namespace, message: str) -> None:
+    print(f"pecker-fast {options.command}: warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _fail(options: argparse.Namespace, error: object, code: int) -> int:

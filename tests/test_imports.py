@@ -10,7 +10,7 @@ import pecker_fast
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter"],
-    ["checkpoint", "blocks", "regions", "settings", "step_metrics", "torch_file", "pickle_machine"],
+    ["checkpoint", "blocks", "regions", "settings", "step_metrics", "torch_file", "pickle_machine", "prompt_text"],
     ["mask_config", "config_file", "data", "prompt_files"],
     ["config", "distributed", "scatter", "schedule", "manifest", "prompt_protocols"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms", "checkpoint_folders"],

@@ -86,6 +86,7 @@ class Job:
         mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
         config = make(_with_found(options, _t_init(options, start, earlier), mask), base, plan)
         base.check_prompts([*plan.texts, *(options.validation_prompts or ())])
+        plan.check_apart(base.token_ids(plan.texts))
         torch_device(options.device)
         job = cls(options, base, start, erasure, plan, config, mask, earlier)
         job.check_mask()

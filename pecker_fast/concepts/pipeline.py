@@ -23,6 +23,7 @@ from pecker_fast.concepts.support import (
     check_unet,
     weights_files,
 )
+from pecker_fast.concepts.tokens import MISSING, check_lengths, read_tokenizer, token_ids
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.one_step_scheduler import diffusers_library
@@ -34,8 +35,6 @@ from pecker_fast.score_model import PREDICTION_TYPES
 
 INDEX = "model_index.json"
 SETTINGS = Path("scheduler") / "scheduler_config.json"
-_LONGEST = 100_000  # tokens; tokenizers without a limit of their own have 1e30
-MISSING = "pipelines need transformers, which is not installed; run: pip install pecker_fast[diffusers]"
 
 
 @dataclass(frozen=True)
@@ -239,18 +238,17 @@ class PipelineFolder:
             FileFormatError: It cannot be read.
             ImportError: transformers is not installed.
         """
-        try:
-            import transformers
-        except ImportError as error:
-            raise ImportError(MISSING) from error
-        name = self.index[component][1]
-        kind = getattr(transformers, name, None)
-        if kind is None or "Tokenizer" not in name:
-            raise FileFormatError(f"{self.path / INDEX}: this transformers has no tokenizer {name!r}")
-        try:
-            return kind.from_pretrained(self.path / component, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise FileFormatError(f"{self.path / component}: cannot be read ({error})") from error
+        return read_tokenizer(self.path / component, self.index[component][1])
+
+    def token_ids(self, prompts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
+        """What the tokenizers make of each prompt: prompts of the same tokens are one to the UNet.
+
+        Raises:
+            FileFormatError: A tokenizer cannot be read.
+            ImportError: transformers is not installed.
+        """
+        found = (token_ids(self.tokenizer(component), prompts) for component in self.family.tokenizers)
+        return list(zip(*found, strict=True))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that a tokenizer would cut.
@@ -260,23 +258,7 @@ class PipelineFolder:
             ValueError: A prompt is too long; it is named, with its tokens and the limit.
         """
         for component in self.family.tokenizers:
-            self._check_prompts(prompts, component)
-
-    def _check_prompts(self, prompts: Sequence[str], component: str) -> None:
-        tokenizer = self.tokenizer(component)
-        limit, special = tokenizer.model_max_length, len(tokenizer("").input_ids)
-        if limit > _LONGEST:
-            raise FileFormatError(
-                f"{self.path / component}: has no model_max_length, so that nothing says how long a prompt may be; "
-                f"set it in tokenizer_config.json, for Stable Diffusion to 77"
-            )
-        for prompt in prompts:
-            tokens = len(tokenizer(prompt, truncation=False).input_ids)
-            if tokens > limit:
-                raise ValueError(
-                    f"prompt {_short(prompt)!r} has {tokens - special} tokens, the tokenizer of {self.path} takes "
-                    f"{limit - special}; shorten it: nothing is cut silently"
-                )
+            check_lengths(self.path / component, self.tokenizer(component), prompts)
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -301,7 +283,3 @@ def quiet_libraries() -> None:
         raise ImportError(MISSING) from error
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-
-def _short(prompt: str) -> str:
-    return prompt if len(prompt) <= 100 else prompt[:97] + "..."

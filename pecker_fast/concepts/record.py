@@ -11,10 +11,11 @@ from torch import Tensor
 
 from pecker_fast.checkpoint import read_json, write_json
 from pecker_fast.concepts.plan import PromptPlan
-from pecker_fast.concepts.prompts import check_without, normal, unique
+from pecker_fast.concepts.prompts import check_without
 from pecker_fast.concepts.request import Erasure
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.errors import FileFormatError
+from pecker_fast.prompt_text import normal, unique
 
 NAME = "prompts.json"
 
