@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from pecker_fast.checkpoint import StrPath, read_json
 from pecker_fast.detectors import Pixels, sha256_of
 from pecker_fast.errors import FileFormatError, NonFiniteError
+from pecker_fast.models.one_step_scheduler import one_step_t_init
 from pecker_fast.models.pipeline_families import FAMILIES, PipelineFamily, image_size
 from pecker_fast.prompt_files import EvaluationPrompt
 
@@ -98,7 +99,7 @@ def check_pipeline(folder: StrPath) -> PipelineFolder:
     for part in family.text_encoders:
         _check_weights(root / part, _STEM_OF_TEXT_ENCODER)
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
-    return PipelineFolder(root, family, image_size(root), scheduler, _is_one_step(scheduler))
+    return PipelineFolder(root, family, image_size(root), scheduler, one_step_t_init(scheduler) is not None)
 
 
 def sampling_of(
@@ -229,9 +230,3 @@ def _check_weights(folder: Path, stem: str) -> None:
                 stored.keys()
         except (OSError, SafetensorError) as error:
             raise FileFormatError(f"{file}: damaged: {error}") from error
-
-
-def _is_one_step(scheduler: Mapping[str, Any]) -> bool:
-    """One step of Euler from the end of a schedule that was cut off at the generator's timestep."""
-    euler = scheduler.get("_class_name") == "EulerDiscreteScheduler" and scheduler.get("timestep_spacing") == "trailing"
-    return euler and scheduler.get("trained_betas") is not None

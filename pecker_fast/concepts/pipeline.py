@@ -26,7 +26,7 @@ from pecker_fast.concepts.support import (
 from pecker_fast.concepts.tokens import MISSING, check_lengths, read_tokenizer, token_ids
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
-from pecker_fast.models.one_step_scheduler import diffusers_library
+from pecker_fast.models.one_step_scheduler import diffusers_library, one_step_t_init
 from pecker_fast.models.pipeline_families import PipelineFamily, image_size
 from pecker_fast.models.shards import read_shards
 from pecker_fast.regions import Region, in_region
@@ -92,9 +92,7 @@ class PipelineFolder:
     @property
     def t_init(self) -> int | None:
         """Timestep at which it starts where it is a one-step generator, as its scheduler says; else None."""
-        config = self.scheduler_config
-        one_step = config.get("timestep_spacing") == "trailing" and isinstance(config.get("trained_betas"), list)
-        return len(config["trained_betas"]) - 1 if one_step else None
+        return one_step_t_init(self.scheduler_config)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
