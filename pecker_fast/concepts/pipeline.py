@@ -21,11 +21,13 @@ from pecker_fast.concepts.support import (
     check_shapes,
     check_size_and_text,
     check_unet,
+    files_of,
     weights_files,
 )
 from pecker_fast.concepts.tokens import MISSING, check_lengths, read_tokenizer, token_ids
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import check_dtypes, check_files, check_names
 from pecker_fast.models.one_step_scheduler import diffusers_library, one_step_t_init
 from pecker_fast.models.pipeline_families import PipelineFamily, image_size
 from pecker_fast.models.shards import read_shards
@@ -129,7 +131,7 @@ class PipelineFolder:
         """Name -> shape of the UNet's weights, from the headers of its files alone.
 
         Raises:
-            FileFormatError: A file is damaged.
+            FileFormatError: A file is damaged, or holds quantized weights or those of a wrapped network.
         """
         return {name: shape for file in self.weights_files for name, shape in _shapes(file).items()}
 
@@ -155,10 +157,20 @@ class PipelineFolder:
         """The UNet's weights as they are stored, on the CPU.
 
         Raises:
-            FileFormatError: A file is damaged, or is not what its index lists.
+            FileFormatError: A file is damaged, is not what its index lists, or has values that are NaN or infinite.
         """
         files = self.weights_files
+        check_files(files)
         return read_safetensors(files[0])[0] if len(files) == 1 else read_shards(self.path / "unet")
+
+    def check_parts(self, *components: str) -> None:
+        """Read the weights of components, such as "vae", and refuse what would show up as NaN long after.
+
+        Raises:
+            FileFormatError: A file is damaged, or has values that are NaN or infinite.
+        """
+        for component in components:
+            check_files(files_of(self.path / component))
 
     def unet(self, tensors: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """The UNet2DConditionModel in eval mode, on the CPU.
@@ -260,9 +272,13 @@ class PipelineFolder:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """By the file's header, if what it tells of can be trained."""
     try:
         with safe_open(file, framework="pt") as stored:
-            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            found = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+            check_dtypes(str(file), {name: part.get_dtype() for name, part in found.items()})
+            check_names(str(file), found)
+            return {name: tuple(part.get_shape()) for name, part in found.items()}
     except (OSError, SafetensorError) as error:
         raise FileFormatError(f"{file}: truncated or not a safetensors file ({error})") from error
 
