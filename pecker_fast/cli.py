@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TextIO
 
 from pecker_fast import config_file
 from pecker_fast.commands import Outcome
@@ -80,11 +80,18 @@ def _warnings_told(options: argparse.Namespace) -> Iterator[None]:
         warnings.simplefilter("always", PeckerFastWarning)
         show = warnings.showwarning
 
-        def tell(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             if issubclass(category, PeckerFastWarning):
                 _warn(options, str(message))
             else:
-                show(message, category, *where)
+                show(message, category, filename, lineno, file, line)
 
         warnings.showwarning = tell
         yield
