@@ -17,14 +17,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TextIO
 
 from pecker_fast import config_file
 from pecker_fast.classes import ClassWarning
 from pecker_fast.commands import Outcome
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
 from pecker_fast.commands.together import run as run_together
-from pecker_fast.errors import FileFormatError, NonFiniteError, OutOfTimeError
+from pecker_fast.errors import FileFormatError, NonFiniteError, OutOfTimeError, PeckerFastWarning
 from pecker_fast.parser import build_parser
 
 USAGE, BAD_FILE, NON_FINITE, OUT_OF_TIME, INTERRUPTED = 2, 3, 4, 5, 130
@@ -86,8 +86,9 @@ def _warn(options: argparse.Namespace, text: str) -> None:
 def _attempt(options: argparse.Namespace) -> Ended:
     """Run the command; what users can mend comes back as a text and an exit code."""
     try:
-        # Imported only now, so that --help and usage errors come at once.
-        return Ended(0, outcome=importlib.import_module(f"pecker_fast.commands.{options.command}").run(options))
+        with _warnings_told(options):
+            # Imported only now, so that --help and usage errors come at once.
+            return Ended(0, outcome=importlib.import_module(f"pecker_fast.commands.{options.command}").run(options))
     except KeyboardInterrupt as interrupt:
         return Ended(INTERRUPTED, f"interrupted; {str(interrupt) or 'nothing was written'}")
     except NonFiniteError as error:
@@ -98,6 +99,30 @@ def _attempt(options: argparse.Namespace) -> Ended:
         return Ended(BAD_FILE, str(error))
     except (ValueError, TypeError, ImportError) as error:
         return Ended(USAGE, str(error))
+
+
+@contextmanager
+def _warnings_told(options: argparse.Namespace) -> Iterator[None]:
+    """The package's own warnings in one line each, at once: a training may take days from there. Others as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PeckerFastWarning)
+        show = warnings.showwarning
+
+        def tell(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, PeckerFastWarning):
+                _warn(options, str(message))
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = tell
+        yield
 
 
 def _attempt_quietly(options: argparse.Namespace) -> Ended:
@@ -154,6 +179,10 @@ def _lines(values: Mapping[str, Any], shown: Mapping[str, str], indent: str = ""
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
             lines.append(f"{indent}{key}: {text}")
     return lines
+
+
+def _warn(options: argparse.Namespace, message: str) -> None:
+    print(f"pecker-fast {options.command}: warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _fail(options: argparse.Namespace, error: object, code: int) -> int:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from pecker_fast.checkpoint import StrPath, read_json
 from pecker_fast.detectors import Pixels, sha256_of
 from pecker_fast.errors import FileFormatError, NonFiniteError
+from pecker_fast.foreign_weights import check_files
+from pecker_fast.models.one_step_scheduler import one_step_t_init
 from pecker_fast.models.pipeline_families import FAMILIES, PipelineFamily, image_size
 from pecker_fast.prompt_files import EvaluationPrompt
 
@@ -93,12 +95,10 @@ def check_pipeline(folder: StrPath) -> PipelineFolder:
         names = " or ".join(family.pipeline for family in FAMILIES)
         raise FileFormatError(f"{root}: expected a {names}, got {kind!r}; others are not drawn here")
     family = found[0]
-    for part in ("unet", "vae"):
-        _check_weights(root / part, _STEM)
-    for part in family.text_encoders:
-        _check_weights(root / part, _STEM_OF_TEXT_ENCODER)
+    for part, stem in _parts_of(family):
+        _check_weights(root / part, stem)
     scheduler = read_json(root / "scheduler" / "scheduler_config.json")
-    return PipelineFolder(root, family, image_size(root), scheduler, _is_one_step(scheduler))
+    return PipelineFolder(root, family, image_size(root), scheduler, one_step_t_init(scheduler) is not None)
 
 
 def sampling_of(
@@ -125,10 +125,12 @@ def load_pipeline(pipeline: PipelineFolder, device: torch.device | str, dtype: t
     """Load it with diffusers, from its folder alone, without its safety checker or watermarks.
 
     Raises:
-        FileFormatError: It cannot be loaded.
+        FileFormatError: It cannot be loaded, or has weights that are NaN or infinite; the file and the first are named.
         ImportError: diffusers or transformers is not installed.
     """
     diffusers, _ = _libraries()
+    for part, stem in _parts_of(pipeline.family):
+        check_files(_weights(pipeline.folder / part, stem))
     with quiet_libraries():
         try:
             loaded = getattr(diffusers, pipeline.family.pipeline).from_pretrained(
@@ -218,12 +220,19 @@ def _batches(guidances: Sequence[float], size: int) -> Iterator[tuple[list[int],
             yield alike[start : start + size], guidance
 
 
+def _parts_of(family: PipelineFamily) -> list[tuple[str, str]]:
+    """Folders with weights, and what their files are called."""
+    return [(part, _STEM) for part in ("unet", "vae")] + [
+        (part, _STEM_OF_TEXT_ENCODER) for part in family.text_encoders
+    ]
+
+
 def _check_weights(folder: Path, stem: str) -> None:
     read_json(folder / "config.json")
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if not whole.is_file() and not index.is_file():
         raise FileFormatError(f"{whole}: no such file; other formats, and variants such as fp16, are not read")
-    for file in [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*.safetensors")):
+    for file in _weights(folder, stem):
         try:
             with safe_open(file, framework="pt") as stored:
                 stored.keys()
@@ -231,7 +240,6 @@ def _check_weights(folder: Path, stem: str) -> None:
             raise FileFormatError(f"{file}: damaged: {error}") from error
 
 
-def _is_one_step(scheduler: Mapping[str, Any]) -> bool:
-    """One step of Euler from the end of a schedule that was cut off at the generator's timestep."""
-    euler = scheduler.get("_class_name") == "EulerDiscreteScheduler" and scheduler.get("timestep_spacing") == "trailing"
-    return euler and scheduler.get("trained_betas") is not None
+def _weights(folder: Path, stem: str) -> list[Path]:
+    whole = folder / f"{stem}.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*.safetensors"))

@@ -15,6 +15,7 @@ from pecker_fast.detectors.detector import Pixels, Values
 from pecker_fast.errors import NonFiniteError
 from pecker_fast.metrics import mean_interval, wilson_interval
 from pecker_fast.prompt_files import PromptSet
+from pecker_fast.prompt_text import normal, tidy
 
 CHANGE = "change"
 """Whose columns compare the images themselves, beside the detectors'."""
@@ -100,18 +101,18 @@ def set_values(chosen: PromptSet, start: int, sides: Mapping[str, Columns]) -> d
         start: Position of its first image.
         sides: Columns "after", and perhaps "before".
     """
-    drawn = [(prompt.text, prompt.seed, prompt.guidance_scale) for prompt in chosen.prompts]
+    drawn = [(tidy(prompt.text), prompt.seed, prompt.guidance_scale) for prompt in chosen.prompts]
     everything = np.arange(start, start + len(drawn))
     values = {
         "images": len(drawn),
-        "prompts": len({text for text, _, _ in drawn}),
+        "prompts": len({normal(text) for text, _, _ in drawn}),
         "seeds": list(dict.fromkeys(seed for _, seed, _ in drawn)),
         "source": chosen.source,
         "source_sha256": chosen.sha256,
         "drawn_sha256": hashlib.sha256(json.dumps(drawn).encode()).hexdigest(),
         **_compared(sides, everything),
     }
-    concepts = np.array([prompt.concept or "" for prompt in chosen.prompts])
+    concepts = np.array([tidy(prompt.concept or "") for prompt in chosen.prompts])
     names = [name for name in dict.fromkeys(concepts.tolist()) if name]
     if len(names) > 1:
         groups = {name: everything[concepts == name] for name in names}

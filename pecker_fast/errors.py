@@ -5,6 +5,10 @@ class PeckerFastError(Exception):
     """Base class of the errors raised by this package alone."""
 
 
+class PeckerFastWarning(UserWarning):
+    """Something is done as it was asked for, and may have been meant otherwise (told on stderr by the command line)."""
+
+
 class FileFormatError(PeckerFastError, ValueError):
     """A file or folder is missing, truncated, foreign or unwritable (exit code 3 of the command line)."""
 

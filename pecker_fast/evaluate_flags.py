@@ -87,7 +87,12 @@ def _prompt_flags(group: Any) -> None:
     add("--concept", metavar="TEXT", help="what was erased")
     add("--protocol", metavar="NAME", help="celebrity, nudity, object, short, style, or a .yaml file with templates")
     add("--prompts", type=Path, metavar="FILE", help="instead: prompts as .txt, .csv, .tsv, or COCO's captions")
-    add("--neighbour_concepts", nargs="+", metavar="TEXT", help="related concepts, put where the concept stands")
+    add(
+        "--neighbour_concepts",
+        nargs="+",
+        metavar="TEXT",
+        help="related concepts, several words or separated by ;, put where the concept stands",
+    )
     add("--neighbour_prompts", type=Path, metavar="FILE", help="instead: prompts of related concepts")
     add("--unrelated_prompts", type=Path, metavar="FILE", help="also these, once each, such as COCO's captions")
     add("--max_prompts", type=positive_int, metavar="N", help="the first N of each file (all)")

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.errors import FileFormatError
+from pecker_fast.prompt_text import tidy
 
 MAX_BYTES = 256 << 20
 """Of a file; the captions of COCO's training images are 92 MB."""
@@ -24,6 +26,7 @@ MAX_CHARACTERS = 10_000
 SEEDS = ("evaluation_seed", "sd_seed", "seed")
 """Columns of a table that may hold the seed; the first that is there does."""
 GUIDANCES = ("evaluation_guidance", "sd_guidance_scale", "guidance_scale")
+_LINE_END = re.compile("\r\n|\r|\n")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _QUOTED = 60
 
@@ -104,14 +107,14 @@ def with_seeds(prompts: Iterable[EvaluationPrompt], seeds: Sequence[int]) -> tup
 
 
 def check_prompt(where: str, text: object) -> str:
-    """A prompt without the white space around it.
+    """A prompt as ``prompt_text.tidy`` leaves it.
 
     Raises:
         FileFormatError: It is no text, empty, too long, or has control characters.
     """
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not (given := tidy(text)):
         raise FileFormatError(f"{where}: expected a prompt, got {_cut(text)}")
-    text = text.strip()
+    text = given
     if len(text) > MAX_CHARACTERS:
         raise FileFormatError(f"{where}: expected at most {MAX_CHARACTERS} characters, got {len(text)}")
     if any(ord(character) < 32 and not character.isspace() for character in text):
@@ -146,8 +149,8 @@ def _decoded(file: Path, content: bytes) -> str:
 
 
 def _lines(file: Path, text: str) -> Iterator[EvaluationPrompt]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip() and not line.lstrip().startswith("#"):
+    for number, line in enumerate(_LINE_END.split(text), 1):
+        if (words := tidy(line)) and not words.startswith("#"):
             yield EvaluationPrompt(check_prompt(f"{file}, line {number}", line))
 
 
@@ -158,7 +161,7 @@ def _table(file: Path, text: str) -> Iterator[EvaluationPrompt]:
         for row in rows:
             where = f"{file}, line {rows.line_num}"
             if header is None:
-                header = _checked_header(where, [name.strip() for name in row])
+                header = _checked_header(where, [tidy(name) for name in row])
             elif row:
                 yield _row(where, header, row)
     except csv.Error as error:
@@ -182,7 +185,7 @@ def _row(where: str, header: list[str], row: list[str]) -> EvaluationPrompt:
         check_prompt(where, values["prompt"]),
         _integer(where, values, SEEDS, 2**63 - 1),
         _guidance(where, values),
-        values.get("concept") or None,
+        tidy(values.get("concept", "")) or None,
         _integer(where, values, ("label",), 2**31 - 1),
     )
 

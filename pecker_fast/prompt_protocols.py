@@ -12,6 +12,7 @@ from pecker_fast import config_file
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.errors import FileFormatError
 from pecker_fast.prompt_files import EvaluationPrompt, check_prompt
+from pecker_fast.prompt_text import tidy
 
 FOLDER = Path(__file__).parent / "concepts" / "protocols"
 PLACE = "{concept}"
@@ -52,13 +53,12 @@ class Protocol:
         Raises:
             ValueError: The concept is empty.
         """
-        if not concept.strip():
+        concept = tidy(concept)
+        if not concept:
             raise ValueError("concept: expected a text, got an empty one")
-        texts = [template.replace(PLACE, concept.strip()) for template in self.templates]
+        texts = [template.replace(PLACE, concept) for template in self.templates]
         return tuple(
-            EvaluationPrompt(text, seed, self.guidance_scale, concept.strip(), label)
-            for text in texts
-            for seed in self.seeds
+            EvaluationPrompt(text, seed, self.guidance_scale, concept, label) for text in texts for seed in self.seeds
         )
 
 

@@ -43,6 +43,12 @@ class NoiseSchedule:
                 "alphas_cumprod must be a non-empty 1-d float64 tensor on the CPU, "
                 f"got {table.dtype} of shape {tuple(table.shape)} on {table.device}"
             )
+        if bool((table == 0).any()):
+            raise ValueError(
+                f"alphas_cumprod must decrease strictly within (0, 1), and is 0 at timestep "
+                f"{int((table == 0).int().argmax())}: a schedule of zero terminal SNR, whose last x_t holds nothing of "
+                f"the image"
+            )
         inside = bool((table > 0).all() and (table < 1).all())
         if not inside or not bool((table.diff() < 0).all()):
             raise ValueError("alphas_cumprod must decrease strictly within (0, 1); check the betas")
@@ -76,7 +82,8 @@ class NoiseSchedule:
 
         Raises:
             TypeError: The object has no ``alphas_cumprod``.
-            ValueError: Its network predicts something else.
+            ValueError: Its network predicts something else, or the table is none that can be trained with, such as
+                one of zero terminal SNR.
         """
         table = getattr(scheduler, "alphas_cumprod", None)
         if not isinstance(table, Tensor):
@@ -84,13 +91,23 @@ class NoiseSchedule:
                 f"expected a diffusers scheduler with alphas_cumprod, got {type(scheduler).__name__}; "
                 "use DDPMScheduler or DDIMScheduler"
             )
-        prediction = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
+        config = getattr(scheduler, "config", None)
+        prediction = getattr(config, "prediction_type", "epsilon")
         if prediction not in predicts:
             raise ValueError(
                 f"{type(scheduler).__name__} has prediction_type={prediction!r}, expected "
                 f"{' or '.join(map(repr, predicts))}; wrap the network so that it predicts the noise"
             )
-        return cls(table.detach().cpu().double())
+        try:
+            return cls(table.detach().cpu().double())
+        except ValueError as error:
+            if not getattr(config, "rescale_betas_zero_snr", False):
+                raise
+            raise ValueError(
+                f"{type(scheduler).__name__} has rescale_betas_zero_snr, for zero terminal SNR: {error}. With Stable "
+                f"Diffusion's betas EulerDiscreteScheduler keeps the last value above 0: save the pipeline with it, "
+                f"EulerDiscreteScheduler.from_config(pipeline.scheduler.config)"
+            ) from error
 
     @property
     def num_train_timesteps(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import unwrapped
 
 
 def read_torch(path: str | os.PathLike[str], *, legacy: bool = False) -> Any:
@@ -46,7 +47,7 @@ def read_torch(path: str | os.PathLike[str], *, legacy: bool = False) -> Any:
 
 
 def weights_of(where: str, values: object) -> dict[str, Tensor]:
-    """A dict of ordinary tensors by name; the ``module.`` that a parallel wrapper puts before all names is dropped.
+    """A dict of ordinary tensors, by the names that the network has without wrappers (see `unwrapped`).
 
     Args:
         where: What to call it in messages.
@@ -63,8 +64,7 @@ def weights_of(where: str, values: object) -> dict[str, Tensor]:
         plain = type(value) in (Tensor, torch.nn.Parameter)
         if not plain or value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise FileFormatError(f"{where}: {name}: expected an ordinary tensor, got {describe(value)}")
-    wrapped = all(name.startswith("module.") for name in values)
-    return {name.removeprefix("module.") if wrapped else name: value.detach() for name, value in values.items()}
+    return {name: value.detach() for name, value in unwrapped(where, values).items()}
 
 
 def describe(value: object) -> str:

@@ -380,9 +380,22 @@ def test_unwritable_output(command, here, capsys):
     assert [path.name for path in here.iterdir()] == ["file"]
 
 
-def test_non_finite_values(here, teacher, capsys):
+def test_weights_that_are_nan_are_refused_at_reading(here, teacher, capsys):
     model = _tiny()
     torch.nn.init.constant_(model.conv_out.bias, float("nan"))
+    models.save(model, teacher, DDIM)
+    assert main(["sample", "--model", str(teacher), "--class", "3", "--output", "x.npz"]) == 3
+    assert "conv_out.bias has 1 of 1 values NaN or infinite" in _error(capsys, "sample")
+    assert _unlearn(teacher, "--mask", "dense", "--output_dir", "out", "--quiet") == 3
+    message = _error(capsys, "unlearn")
+    assert "conv_out.bias has 1 of 1 values NaN or infinite" in message and "learning rate" not in message
+    assert not list(here.iterdir())
+
+
+def test_non_finite_values(here, teacher, capsys):
+    """Of weights that are finite, and whose outputs are not."""
+    model = _tiny()
+    torch.nn.init.constant_(model.conv_in.weight, torch.finfo(torch.float32).max)
     models.save(model, teacher, DDIM)
     assert main(["sample", "--model", str(teacher), "--class", "3", "--output", "x.npz"]) == 4
     assert "NaN or infinite" in _error(capsys, "sample")

@@ -89,7 +89,7 @@ def test_pipelines_that_are_not_supported(file, values, text, here, capsys):
 @pytest.mark.parametrize(
     ("method", "file", "values", "text"),
     [
-        ("esd", SCHEDULER, {"rescale_betas_zero_snr": True}, "must decrease strictly within (0, 1)"),
+        ("esd", SCHEDULER, {"rescale_betas_zero_snr": True}, "has rescale_betas_zero_snr, for zero terminal SNR"),
         ("pecker", SCHEDULER, {"beta_schedule": "none"}, "scheduler_config.json: cannot be trained with"),
         ("salun", INDEX, {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, "got FlowMatchEuler"),
         ("esd", INDEX, {"scheduler": ["diffusers", "utils"]}, "this diffusers has no scheduler 'utils'"),

@@ -9,9 +9,10 @@ from pecker_fast import BlockMask, MaskConfig, apply_mask
 from pecker_fast.concepts import Erasure, PipelineFolder, PromptPlan, embed_prompts, replaced, start_masters
 from pecker_fast.concepts.card import Card, base_front
 from pecker_fast.concepts.output import write_pipeline as write_output
-from pecker_fast.concepts.prompts import TEMPLATES, read_prompts, replace_concepts
+from pecker_fast.concepts.prompts import TEMPLATES, read_prompts
 from pecker_fast.concepts.train_methods import region_of
 from pecker_fast.delta import Ledger
+from pecker_fast.prompt_text import replace_concepts
 from pecker_fast.regions import in_region
 
 

@@ -255,10 +255,15 @@ def test_a_classifier_refuses(tmp_path):
     models.save(DDPMUNet(**small, image_size=8, channels=1), tmp_path / "model")
     with pytest.raises(FileFormatError, match="draws images"):
         Classifier(tmp_path / "model", 0)
+    for parameter in judge.head.parameters():
+        parameter.data.fill_(torch.finfo(torch.float32).max)  # finite, and their sum is not
+    models.save(judge, tmp_path / "overflowing")
+    with pytest.raises(NonFiniteError, match="overflowing"):
+        Classifier(tmp_path / "overflowing", 0).measure(IMAGES, PROMPTS)
     judge.head.weight.data[0, 0] = torch.nan
     models.save(judge, tmp_path / "broken")
-    with pytest.raises(NonFiniteError, match="broken"):
-        Classifier(tmp_path / "broken", 0).measure(IMAGES, PROMPTS)
+    with pytest.raises(FileFormatError, match="broken.*head.weight has 1 of"):
+        Classifier(tmp_path / "broken", 0)
 
 
 def test_the_digest_of_a_folder_is_of_names_and_contents(tmp_path):

@@ -10,8 +10,9 @@ import pecker_fast
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter"],
-    ["checkpoint", "blocks", "classes", "regions", "settings", "step_metrics", "torch_file", "pickle_machine"],
-    ["mask_config", "config_file", "data", "prompt_files"],
+    ["checkpoint", "blocks", "classes", "regions", "settings", "step_metrics", "pickle_machine"],
+    ["prompt_text", "foreign_weights"],
+    ["mask_config", "config_file", "data", "prompt_files", "torch_file"],
     ["config", "distributed", "scatter", "schedule", "manifest", "prompt_protocols"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms", "checkpoint_folders"],
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],

@@ -22,7 +22,7 @@ from pecker_fast.commands.source import torch_device
 from pecker_fast.concept_flags import PECKER, is_one_step
 from pecker_fast.concepts import recipe
 from pecker_fast.concepts.generators import check_generator
-from pecker_fast.concepts.pipeline import PipelineFolder
+from pecker_fast.concepts.pipeline import SETTINGS, PipelineFolder
 from pecker_fast.concepts.plan import PromptPlan
 from pecker_fast.concepts.record import EarlierErasure, apply_earlier, merged
 from pecker_fast.concepts.request import Erasure
@@ -31,6 +31,7 @@ from pecker_fast.delta import Ledger
 from pecker_fast.delta.pack import overlaps
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
+from pecker_fast.models.one_step_scheduler import T_INIT_MARK
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class Job:
         base = PipelineFolder.read(options.pretrained_model_name_or_path)
         if base.t_init is not None:
             raise FileFormatError(
-                f"{base.path}: is a one-step generator; name the diffusion model, and this with --init_generator"
+                f"{base.path}: is a one-step generator by its scheduler, whose betas end at timestep {base.t_init}; "
+                f"name the diffusion model, and this with --init_generator (or, if it takes many steps, write "
+                f'"{T_INIT_MARK}": null into {SETTINGS})'
             )
         start = base if options.init_generator is None else _generator(options, base)
         base.check_weights()
@@ -86,6 +89,7 @@ class Job:
         mask = None if options.mask_path is None else BlockMask.load(options.mask_path)
         config = make(_with_found(options, _t_init(options, start, earlier), mask), base, plan)
         base.check_prompts([*plan.texts, *(options.validation_prompts or ())])
+        plan.check_apart(base.token_ids(plan.texts))
         torch_device(options.device)
         job = cls(options, base, start, erasure, plan, config, mask, earlier)
         job.check_mask()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,15 @@ from pecker_fast.commands.classes import classes_at
 from pecker_fast.concept_evaluation import CONCEPT, NEIGHBOURS
 from pecker_fast.prompt_files import EvaluationPrompt, PromptSet, read_prompts, with_seeds
 from pecker_fast.prompt_protocols import Protocol, read_protocol
+from pecker_fast.prompt_text import (
+    contains,
+    looks_like_several,
+    normal,
+    replace_concepts,
+    split_concepts,
+    tidy,
+    warn_of_one,
+)
 
 UNRELATED = "unrelated"
 _SEEDS = 4
@@ -43,13 +51,13 @@ def prompt_sets(options: argparse.Namespace) -> tuple[dict[str, PromptSet], Prot
 
 
 def _of_protocol(options: argparse.Namespace, protocol: Protocol) -> dict[str, PromptSet]:
-    concept = options.concept or protocol.concept
+    concept = _concept(options) or protocol.concept
     if concept is None:
         raise ValueError(f"--concept: expected what was erased, which takes its place in the protocol {protocol.name}")
     if options.seeds is not None:
         protocol = replace(protocol, seeds=tuple(range(options.seeds)))
     found = {CONCEPT: _set(protocol, protocol.prompts(concept))}
-    neighbours = options.neighbour_concepts or protocol.neighbours
+    neighbours = _neighbours(options) or protocol.neighbours
     if neighbours and options.neighbour_prompts is None:
         _check_neighbours(concept, neighbours)
         labels = _labels(options, neighbours)
@@ -62,14 +70,15 @@ def _of_file(options: argparse.Namespace) -> dict[str, PromptSet]:
     read = _read(options.prompts, options)
     seeds = _seeds(options, None)
     found = {CONCEPT: _seeded(read, seeds)}
-    neighbours = options.neighbour_concepts
+    neighbours = _neighbours(options)
     if neighbours:
-        if options.concept is None:
+        concept = _concept(options)
+        if not concept:
             raise ValueError("--concept: expected the words of --prompts that --neighbour_concepts take the place of")
-        _check_neighbours(options.concept, neighbours)
+        _check_neighbours(concept, neighbours)
         labels = _labels(options, neighbours)
         drawn = [
-            _put(prompt, options, name, label)
+            _put(prompt, options.prompts, concept, name, label)
             for name, label in zip(neighbours, labels, strict=True)
             for prompt in read.prompts
         ]
@@ -77,20 +86,32 @@ def _of_file(options: argparse.Namespace) -> dict[str, PromptSet]:
     return found
 
 
-def _put(prompt: EvaluationPrompt, options: argparse.Namespace, name: str, label: int | None) -> EvaluationPrompt:
+def _concept(options: argparse.Namespace) -> str | None:
+    """What ``--concept`` says; a list of concepts is drawn as one, and a warning says so."""
+    if options.concept is not None and looks_like_several(options.concept):
+        warn_of_one("--concept", options.concept, "several, which --erase_concept separates by ';', are evaluated each")
+    return None if options.concept is None else tidy(options.concept)
+
+
+def _neighbours(options: argparse.Namespace) -> tuple[str, ...]:
+    """Each of ``--neighbour_concepts``: of several texts, or of one with ``;`` between them."""
+    given = options.neighbour_concepts or ()
+    return tuple(name for text in given for name in split_concepts("--neighbour_concepts", text))
+
+
+def _put(prompt: EvaluationPrompt, file: Path, concept: str, name: str, label: int | None) -> EvaluationPrompt:
     """The prompt with a neighbour in the concept's place, whatever the case of its letters."""
-    text, count = re.subn(rf"(?<!\w){re.escape(options.concept)}(?!\w)", lambda _: name, prompt.text, flags=re.I)
-    if not count:
+    if not contains(prompt.text, concept):
         raise ValueError(
-            f"--neighbour_concepts: the prompt {prompt.text!r} of {options.prompts} does not contain the concept "
-            f"{options.concept!r}; give --neighbour_prompts instead"
+            f"--neighbour_concepts: the prompt {prompt.text!r} of {file} does not contain the concept "
+            f"{concept!r}; give --neighbour_prompts instead"
         )
-    return replace(prompt, text=text, concept=name, label=label)
+    return replace(prompt, text=replace_concepts(prompt.text, {concept: name}), concept=name, label=label)
 
 
 def _check_neighbours(concept: str, neighbours: Sequence[str]) -> None:
-    names = [name.strip().lower() for name in neighbours]
-    if "" in names or len(set(names)) < len(names) or concept.strip().lower() in names:
+    names = [normal(name) for name in neighbours]
+    if len(set(names)) < len(names) or normal(concept) in names:
         raise ValueError(
             f"--neighbour_concepts: expected different ones, and not the concept itself, got {', '.join(neighbours)}"
         )

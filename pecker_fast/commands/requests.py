@@ -22,6 +22,7 @@ from pecker_fast.delta import Delta
 from pecker_fast.delta.pack import overlaps
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import check_finite
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import survey
 from pecker_fast.stopping import fresh_seed
@@ -79,10 +80,12 @@ class Request:
         start = _start(options, source)
         earlier = tuple(Earlier.read(folder) for folder in options.earlier or ())
         for request in earlier:
+            both = f"{options.init / 'model'} and {request.folder / 'delta'}"
             try:
                 request.delta.apply(start.generator, progress=not options.quiet)
             except ValueError as error:
-                raise FileFormatError(f"{options.init / 'model'} and {request.folder / 'delta'}: {error}") from error
+                raise FileFormatError(f"{both}: {error}") from error
+            check_finite(both, start.generator.named_parameters())
         return cls(asked.forget, asked.override, asked.retain, start, earlier)
 
     @property

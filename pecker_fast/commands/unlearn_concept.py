@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> Outcome:
     Training(options).check()
     if options.dry_run:
         return _dry_run(job)
+    job.base.check_parts("vae")  # which draws the pictures, and goes along with the result
     with atomic_folder(options.output_dir) as folder:
         tensors, ledger = job.start_weights()
         trained = train(job, tensors)

@@ -43,9 +43,10 @@ def embed_prompts(
         The predictor, with (prompts, tokens, width) embeddings in the dtype of the text encoders.
 
     Raises:
-        FileFormatError: The scheduler has no table of alphas.
+        FileFormatError: The scheduler has no table of alphas; a text encoder has values that are NaN.
         ImportError: diffusers or transformers is not installed.
     """
+    pipeline.check_parts(*pipeline.family.text_encoders)
     encoder = _encoder(pipeline, device)
     found = []
     with tqdm(total=len(prompts), desc="prompts", unit="prompt", disable=not progress) as bar:

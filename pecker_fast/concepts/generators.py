@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pecker_fast.concepts.pipeline import SETTINGS, PipelineFolder
+from pecker_fast.concepts.support import files_of
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.one_step_scheduler import betas_of
 
@@ -57,7 +58,7 @@ def _check_schedule(generator: PipelineFolder, base: PipelineFolder) -> None:
 
 
 def _check_text_encoder(generator: PipelineFolder, base: PipelineFolder, component: str) -> None:
-    own, expected = (_files(folder.path / component) for folder in (generator, base))
+    own, expected = (files_of(folder.path / component) for folder in (generator, base))
     if len(own) == len(expected) and all(filecmp.cmp(*pair, shallow=False) for pair in zip(own, expected, strict=True)):
         return
     mine, theirs = _names(own), _names(expected)
@@ -73,12 +74,6 @@ def _another(encoder: Path, base: PipelineFolder, name: str) -> str:
         f"{encoder}: {name} is not that of {base.path}; prompts are embedded by that one, and "
         f"the generator must know them so: take one that was made of this model"
     )
-
-
-def _files(folder: Path) -> list[Path]:
-    """Without variants, as ``from_pretrained`` reads them."""
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(folder.glob("model-*.safetensors"))
 
 
 def _names(files: list[Path]) -> dict[str, Path]:

@@ -14,6 +14,7 @@ from pecker_fast.concepts.pipeline import INDEX, PipelineFolder
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.mask import BlockMask
+from pecker_fast.models.pipeline_files import copy_folder
 from pecker_fast.models.storage import DELTAS_NAME, WEIGHTS_NAME
 
 _TEXTS = (".json", ".md", ".txt")
@@ -47,12 +48,12 @@ def write_pipeline(
     try:
         folder.mkdir(exist_ok=True)
         for component in sorted(base.components - copied - {"unet"}):
-            shutil.copytree(base.path / component, folder / component)
+            copy_folder(base.path / component, folder / component)
         for name in _ALONG:
             if (base.path / name).is_file():
                 shutil.copyfile(base.path / name, folder / name)
         _write_unet(base, folder / "unet", tensors, ledger)
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         raise FileFormatError(f"{folder}: cannot be written ({error}); is the disk full?") from error
     if scheduler is None:
         shutil.copyfile(base.path / INDEX, folder / INDEX)

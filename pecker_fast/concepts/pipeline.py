@@ -21,11 +21,14 @@ from pecker_fast.concepts.support import (
     check_shapes,
     check_size_and_text,
     check_unet,
+    files_of,
     weights_files,
 )
+from pecker_fast.concepts.tokens import MISSING, check_lengths, read_tokenizer, token_ids
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
-from pecker_fast.models.one_step_scheduler import diffusers_library
+from pecker_fast.foreign_weights import check_dtypes, check_files, check_names
+from pecker_fast.models.one_step_scheduler import diffusers_library, one_step_t_init
 from pecker_fast.models.pipeline_families import PipelineFamily, image_size
 from pecker_fast.models.shards import read_shards
 from pecker_fast.regions import Region, in_region
@@ -34,8 +37,6 @@ from pecker_fast.score_model import PREDICTION_TYPES
 
 INDEX = "model_index.json"
 SETTINGS = Path("scheduler") / "scheduler_config.json"
-_LONGEST = 100_000  # tokens; tokenizers without a limit of their own have 1e30
-MISSING = "pipelines need transformers, which is not installed; run: pip install pecker_fast[diffusers]"
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,7 @@ class PipelineFolder:
     @property
     def t_init(self) -> int | None:
         """Timestep at which it starts where it is a one-step generator, as its scheduler says; else None."""
-        config = self.scheduler_config
-        one_step = config.get("timestep_spacing") == "trailing" and isinstance(config.get("trained_betas"), list)
-        return len(config["trained_betas"]) - 1 if one_step else None
+        return one_step_t_init(self.scheduler_config)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -132,7 +131,7 @@ class PipelineFolder:
         """Name -> shape of the UNet's weights, from the headers of its files alone.
 
         Raises:
-            FileFormatError: A file is damaged.
+            FileFormatError: A file is damaged, or holds quantized weights or those of a wrapped network.
         """
         return {name: shape for file in self.weights_files for name, shape in _shapes(file).items()}
 
@@ -158,10 +157,20 @@ class PipelineFolder:
         """The UNet's weights as they are stored, on the CPU.
 
         Raises:
-            FileFormatError: A file is damaged, or is not what its index lists.
+            FileFormatError: A file is damaged, is not what its index lists, or has values that are NaN or infinite.
         """
         files = self.weights_files
+        check_files(files)
         return read_safetensors(files[0])[0] if len(files) == 1 else read_shards(self.path / "unet")
+
+    def check_parts(self, *components: str) -> None:
+        """Read the weights of components, such as "vae", and refuse what would show up as NaN long after.
+
+        Raises:
+            FileFormatError: A file is damaged, or has values that are NaN or infinite.
+        """
+        for component in components:
+            check_files(files_of(self.path / component))
 
     def unet(self, tensors: dict[str, Tensor] | None = None, dtype: torch.dtype | None = None) -> nn.Module:
         """The UNet2DConditionModel in eval mode, on the CPU.
@@ -239,18 +248,17 @@ class PipelineFolder:
             FileFormatError: It cannot be read.
             ImportError: transformers is not installed.
         """
-        try:
-            import transformers
-        except ImportError as error:
-            raise ImportError(MISSING) from error
-        name = self.index[component][1]
-        kind = getattr(transformers, name, None)
-        if kind is None or "Tokenizer" not in name:
-            raise FileFormatError(f"{self.path / INDEX}: this transformers has no tokenizer {name!r}")
-        try:
-            return kind.from_pretrained(self.path / component, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise FileFormatError(f"{self.path / component}: cannot be read ({error})") from error
+        return read_tokenizer(self.path / component, self.index[component][1])
+
+    def token_ids(self, prompts: Sequence[str]) -> list[tuple[tuple[int, ...], ...]]:
+        """What the tokenizers make of each prompt: prompts of the same tokens are one to the UNet.
+
+        Raises:
+            FileFormatError: A tokenizer cannot be read.
+            ImportError: transformers is not installed.
+        """
+        found = (token_ids(self.tokenizer(component), prompts) for component in self.family.tokenizers)
+        return list(zip(*found, strict=True))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that a tokenizer would cut.
@@ -260,29 +268,17 @@ class PipelineFolder:
             ValueError: A prompt is too long; it is named, with its tokens and the limit.
         """
         for component in self.family.tokenizers:
-            self._check_prompts(prompts, component)
-
-    def _check_prompts(self, prompts: Sequence[str], component: str) -> None:
-        tokenizer = self.tokenizer(component)
-        limit, special = tokenizer.model_max_length, len(tokenizer("").input_ids)
-        if limit > _LONGEST:
-            raise FileFormatError(
-                f"{self.path / component}: has no model_max_length, so that nothing says how long a prompt may be; "
-                f"set it in tokenizer_config.json, for Stable Diffusion to 77"
-            )
-        for prompt in prompts:
-            tokens = len(tokenizer(prompt, truncation=False).input_ids)
-            if tokens > limit:
-                raise ValueError(
-                    f"prompt {_short(prompt)!r} has {tokens - special} tokens, the tokenizer of {self.path} takes "
-                    f"{limit - special}; shorten it: nothing is cut silently"
-                )
+            check_lengths(self.path / component, self.tokenizer(component), prompts)
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """By the file's header, if what it tells of can be trained."""
     try:
         with safe_open(file, framework="pt") as stored:
-            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            found = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+            check_dtypes(str(file), {name: part.get_dtype() for name, part in found.items()})
+            check_names(str(file), found)
+            return {name: tuple(part.get_shape()) for name, part in found.items()}
     except (OSError, SafetensorError) as error:
         raise FileFormatError(f"{file}: truncated or not a safetensors file ({error})") from error
 
@@ -301,7 +297,3 @@ def quiet_libraries() -> None:
         raise ImportError(MISSING) from error
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-
-
-def _short(prompt: str) -> str:
-    return prompt if len(prompt) <= 100 else prompt[:97] + "..."

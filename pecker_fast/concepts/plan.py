@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pecker_fast.concepts.prompts import check_without, normal, unique
+from pecker_fast.concepts.prompts import check_without
 from pecker_fast.concepts.request import Erasure
+from pecker_fast.prompt_text import listed, looks_like_several, normal, tidy, unique, warn_of_one
 
 _PARTS = ("forget", "override", "retain", "negative")
 
@@ -35,12 +36,16 @@ class PromptPlan:
         """Number the prompts: forgotten ones first, then the rest in the order of first use.
 
         Raises:
+            TypeError: One text where a list of prompts is expected.
             ValueError: A prompt is empty, is both forgotten and retained, or is an override that is forgotten too; a
-                retained or override prompt contains a concept. Upper and lower case are the same, and so are spaces.
+                retained or override prompt contains a concept. Spellings that CLIP's tokenizer takes for one are one:
+                upper and lower case, spaces, composed and decomposed letters.
         """
-        kept = unique(retain)
+        kept = unique(listed("retained prompts", retain))
         if "" in kept:
             raise ValueError("retained prompts: one is empty; the empty prompt cannot be asked for")
+        if len(kept) == 1 and looks_like_several(kept[0]):
+            warn_of_one("retained prompts", kept[0], "several are one a line, in Python a list: neither ',' nor ';'")
         kept = kept or [""]  # something has to be kept where a method looks at none
         known = {normal(prompt) for prompt in kept}
         if both := [prompt for prompt in erasure.forget if normal(prompt) in known]:
@@ -53,7 +58,7 @@ class PromptPlan:
             if normal(target) in gone:
                 raise ValueError(f"override prompt {target!r} is itself to be forgotten; name another one")
         check_without("override", erasure.override or (), erasure.concepts)
-        if negative is not None and not negative.strip():
+        if negative is not None and not tidy(negative):
             raise ValueError("the negative prompt is empty; without one the null prompt is in its place")
         rows: dict[str, int] = {}
         spelled: list[str] = []
@@ -61,7 +66,7 @@ class PromptPlan:
         def number(text: str) -> int:
             if (key := normal(text)) not in rows:
                 rows[key] = len(rows)
-                spelled.append(text)
+                spelled.append(tidy(text))
             return rows[key]
 
         forget = tuple(map(number, erasure.forget))
@@ -71,7 +76,25 @@ class PromptPlan:
         if negative is None:
             return cls(texts, forget, override, retained)
         # A row of its own: it often has the words of what is forgotten, and no label may be both.
-        return cls((*texts, negative.strip()), forget, override, retained, (len(texts),))
+        return cls((*texts, tidy(negative)), forget, override, retained, (len(texts),))
+
+    def check_apart(self, tokens: Sequence[Hashable]) -> None:
+        """Refuse prompts that are kept, or take another's place, and are forgotten ones to the pipeline's tokenizer.
+
+        Args:
+            tokens: What it makes of each of ``texts``: ``PipelineFolder.token_ids``.
+
+        Raises:
+            ValueError: There are such; both spellings are named.
+        """
+        gone = {tokens[label]: self.texts[label] for label in self.forget}
+        for what, labels in (("retained", self.retain), ("override", self.override or ())):
+            for label in labels:
+                if (same := gone.get(tokens[label])) is not None:
+                    raise ValueError(
+                        f"{what} prompt {self.texts[label]!r} has the tokens of {same!r}, which is to be forgotten; "
+                        f"leave it out of one of the two"
+                    )
 
     @property
     def num_classes(self) -> int:

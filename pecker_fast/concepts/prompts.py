@@ -1,12 +1,12 @@
-"""Prompts: out of files and templates, and with one concept in the place of another."""
+"""Prompts out of files and templates, and which of them must be free of a concept."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pecker_fast import prompt_files
+from pecker_fast.prompt_text import contains, listed
 
 TEMPLATES = (
     "{}",
@@ -34,28 +34,14 @@ def fill(templates: Sequence[str], concept: str) -> tuple[str, ...]:
     """``concept`` in the place of ``{}`` in each template.
 
     Raises:
+        TypeError: The templates are one text.
         ValueError: A template has no ``{}``.
     """
+    templates = listed("prompt templates", templates)
     for template in templates:
         if "{}" not in template:
             raise ValueError(f"prompt templates: {template!r} has no {{}} for the concept to stand in")
     return tuple(template.replace("{}", concept) for template in templates)
-
-
-def normal(prompt: str) -> str:
-    """What CLIP's tokenizer makes of a prompt before it cuts it up: lower case, single spaces.
-
-    Prompts of one normal form are one prompt: they have the same embedding.
-    """
-    return " ".join(prompt.lower().split())
-
-
-def unique(prompts: Iterable[str]) -> list[str]:
-    """Each prompt once, as it is first spelled."""
-    found: dict[str, str] = {}
-    for prompt in prompts:
-        found.setdefault(normal(prompt), prompt.strip())
-    return list(found.values())
 
 
 def check_without(what: str, prompts: Iterable[str], concepts: Sequence[str]) -> None:
@@ -73,24 +59,3 @@ def check_without(what: str, prompts: Iterable[str], concepts: Sequence[str]) ->
         for concept in concepts:
             if contains(prompt, concept):
                 raise ValueError(f"{what} prompt {prompt!r} contains {concept!r}, which is to be erased; take another")
-
-
-def contains(prompt: str, concept: str) -> bool:
-    """Whether the words of ``concept`` stand in ``prompt``, as whole words, in upper or lower case."""
-    return _pattern(concept).search(prompt) is not None
-
-
-def replace_concepts(prompt: str, replacements: Mapping[str, str]) -> str:
-    """``prompt`` with each concept replaced wherever it stands, as whole words, in upper or lower case.
-
-    Longer concepts come first, so that "new york city" is not taken for "new york".
-    """
-    for concept in sorted(replacements, key=len, reverse=True):
-        literal = replacements[concept].replace("\\", r"\\")
-        prompt = _pattern(concept).sub(literal, prompt)
-    return prompt
-
-
-def _pattern(concept: str) -> re.Pattern[str]:
-    words = r"\s+".join(map(re.escape, concept.split()))
-    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)

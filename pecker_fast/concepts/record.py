@@ -11,10 +11,12 @@ from torch import Tensor
 
 from pecker_fast.checkpoint import read_json, write_json
 from pecker_fast.concepts.plan import PromptPlan
-from pecker_fast.concepts.prompts import check_without, normal, unique
+from pecker_fast.concepts.prompts import check_without
 from pecker_fast.concepts.request import Erasure
 from pecker_fast.delta import Delta, Ledger
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import check_finite
+from pecker_fast.prompt_text import normal, unique
 
 NAME = "prompts.json"
 
@@ -89,13 +91,16 @@ def apply_earlier(earlier: Sequence[EarlierErasure], tensors: dict[str, Tensor],
     """Apply their deltas in memory, in order; ``ledger`` is kept up to date.
 
     Raises:
-        FileFormatError: One does not fit; nothing is to be done with ``tensors`` then.
+        FileFormatError: One does not fit, or leaves NaN or infinite weights; nothing is to be done with ``tensors``
+            then.
     """
     for erasure in earlier:
+        both = f"{where} and {erasure.folder / 'delta'}"
         try:
             erasure.delta.apply(tensors, ledger=ledger, progress=False)
         except ValueError as error:
-            raise FileFormatError(f"{where} and {erasure.folder / 'delta'}: {error}") from error
+            raise FileFormatError(f"{both}: {error}") from error
+        check_finite(both, ((name, tensors[name]) for name in erasure.delta.mask.parameters))
 
 
 def merged(plan: PromptPlan, erasure: Erasure, earlier: Sequence[EarlierErasure], retain: Sequence[str]) -> PromptPlan:

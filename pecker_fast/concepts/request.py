@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pecker_fast.concepts.prompts import (
-    TEMPLATES,
-    check_without,
-    contains,
-    fill,
-    normal,
-    replace_concepts,
-    unique,
-)
+from pecker_fast.concepts.prompts import TEMPLATES, check_without, fill
+from pecker_fast.prompt_text import contains, listed, normal, replace_concepts, split_concepts, unique
 
 
 @dataclass(frozen=True)
@@ -43,21 +36,24 @@ class Erasure:
         """From a concept, from prompts, or from both.
 
         Args:
-            concept: What to erase; several are separated by ";".
+            concept: What to erase; several are separated by ";". Commas are part of a concept, and warned of.
             override_concept: What takes its place in each forgotten prompt: one for each concept, or one for all.
             forget: Prompts to forget, which must contain the concept if there is one; None fills ``templates``.
             override: Prompts that take their place, one for each or one for all, instead of ``override_concept``.
             templates: With "{}" where the concept stands.
 
         Raises:
+            TypeError: One text where a list of prompts is expected.
             ValueError: Neither a concept nor prompts; an empty prompt; a prompt without the concept; another number
                 of overrides; both kinds of override; an override that still has the concept in it.
         """
-        concepts = _split("the concept to erase", concept) if concept is not None else ()
+        concepts = () if concept is None else tuple(unique(split_concepts("the concept to erase", concept)))
         if not concepts and forget is None:
             raise ValueError("nothing to erase: give a concept (--erase_concept) or prompts (--forget_prompts)")
-        prompts = [prompt for each in concepts for prompt in fill(templates, each)] if forget is None else list(forget)
-        prompts = unique(_stripped("forget", prompts))
+        if forget is None:
+            forget = unique(prompt for each in concepts for prompt in fill(templates, each))
+        lines = _stripped("forget", forget)
+        prompts = unique(lines)
         for prompt in prompts:
             if concepts and not any(contains(prompt, each) for each in concepts):
                 raise ValueError(f"prompt {prompt!r} is to be forgotten, but does not contain {_either(concepts)}")
@@ -69,20 +65,19 @@ class Erasure:
             return cls(concepts, tuple(prompts), None)
         given = _stripped("override", override)
         check_without("override", given, concepts)
-        listed = prompts if forget is None else _stripped("forget", forget)
-        if len(given) not in (1, len(listed)):
+        if len(given) not in (1, len(lines)):
             raise ValueError(
-                f"override prompts: expected one for each of the {len(listed)} forgotten ones, line by line, or one "
+                f"override prompts: expected one for each of the {len(lines)} forgotten ones, line by line, or one "
                 f"for all, got {len(given)}"
             )
-        each = given * len(listed) if len(given) == 1 else given
-        return cls(concepts, tuple(prompts), _first(listed, each))
+        each = given * len(lines) if len(given) == 1 else given
+        return cls(concepts, tuple(prompts), _first(lines, each))
 
 
 def _replaced(prompts: Sequence[str], concepts: tuple[str, ...], text: str) -> tuple[str, ...]:
     if not concepts:
         raise ValueError("an override concept takes the place of a concept; give --erase_concept too")
-    targets = _split("the override concept", text)
+    targets = split_concepts("the override concept", text)
     if len(targets) not in (1, len(concepts)):
         raise ValueError(
             f"the override concept: expected one, or one for each of the {len(concepts)} erased, got {len(targets)}"
@@ -105,20 +100,14 @@ def _first(forget: Sequence[str], override: Sequence[str]) -> tuple[str, ...]:
     return tuple(found.values())
 
 
-def _split(what: str, text: str) -> tuple[str, ...]:
-    parts = [part.strip() for part in text.split(";")]
-    if not all(parts):
-        raise ValueError(f"{what}: expected words, or several concepts separated by ';', got {text!r}")
-    return tuple(unique(parts)) if what.startswith("the concept") else tuple(parts)
-
-
 def _stripped(what: str, prompts: Sequence[str]) -> list[str]:
-    if not prompts:
+    found = listed(f"{what} prompts", prompts)
+    if not found:
         raise ValueError(f"{what} prompts: expected at least one, got none")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise ValueError(f"{what} prompts: prompt {number} is empty; the empty prompt cannot be asked for")
-    return [prompt.strip() for prompt in prompts]
+    if "" in found:
+        number = found.index("") + 1
+        raise ValueError(f"{what} prompts: prompt {number} is empty; the empty prompt cannot be asked for")
+    return found
 
 
 def _either(concepts: Sequence[str]) -> str:

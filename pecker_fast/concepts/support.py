@@ -82,6 +82,7 @@ def check_unet(file: Path, config: Mapping[str, Any], family: PipelineFamily) ->
             f"{file}: takes {channels} channels and gives {out}: it is for inpainting, upscaling or editing; expected "
             f"a text-to-image UNet, with as many out as in"
         )
+    _check_not_quantized(file, config)
     size = config.get("sample_size")
     pair = isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)
     if not (pair or (isinstance(size, int) and size > 0)):
@@ -116,6 +117,15 @@ def check_prediction(file: Path, config: Mapping[str, Any]) -> str:
     if prediction not in PREDICTION_TYPES:
         raise FileFormatError(f"{file}: prediction_type is {prediction!r}; expected {' or '.join(PREDICTION_TYPES)}")
     return str(prediction)
+
+
+def _check_not_quantized(file: Path, config: Mapping[str, Any]) -> None:
+    if quantized := config.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise FileFormatError(
+            f"{file}: quantization_config: its weights are stored quantized ({method or 'in some way'}); expected "
+            f"float32, float16 or bfloat16: take the model's original weights, and quantize the result"
+        )
 
 
 def pooled_width(config: Mapping[str, Any]) -> int:
@@ -160,6 +170,15 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
     return found
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The safetensors files of a component as ``from_pretrained`` reads them: without variants."""
+    for stem in ("model", _STEM):
+        whole = folder / f"{stem}.safetensors"
+        if found := [whole] if whole.is_file() else sorted(folder.glob(f"{stem}-*-of-*.safetensors")):
+            return found
+    return []
+
+
 def check_shapes(file: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse weights of other names or shapes than a network has, naming the first.
 
@@ -178,13 +197,15 @@ def check_components(folder: Path, index: Mapping[str, Any]) -> None:
     """Refuse a pipeline that ``from_pretrained`` could not load whole, such as one with a pickled safety checker.
 
     Raises:
-        FileFormatError: A component's weights are pickled, a variant alone, or missing.
+        FileFormatError: A component's weights are pickled, quantized, a variant alone, or missing.
     """
     for component in index:
         if class_of(index, component) is None or component == "unet":  # see weights_files
             continue
         if component in _WITH_WEIGHTS or any((folder / component).glob("*.bin")):
             check_safetensors(folder / component)
+        if component in _WITH_WEIGHTS and (file := folder / component / "config.json").is_file():
+            _check_not_quantized(file, read_json(file))
 
 
 def check_safetensors(folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from pecker_fast.checkpoint import StrPath, read_json
 from pecker_fast.detectors.detector import Pixels, Values, sha256_of
 from pecker_fast.errors import FileFormatError, NonFiniteError
+from pecker_fast.foreign_weights import check_files
 from pecker_fast.prompt_files import EvaluationPrompt
 
 
@@ -87,6 +88,7 @@ class ClipScore:
             ) from error
         if not (self._folder / "model.safetensors").is_file():
             raise FileFormatError(f"{self._folder}: no model.safetensors; other formats are not read")
+        check_files([self._folder / "model.safetensors"])
         try:
             model = CLIPModel.from_pretrained(self._folder, local_files_only=True, use_safetensors=True)
             processor = CLIPProcessor.from_pretrained(self._folder, local_files_only=True)

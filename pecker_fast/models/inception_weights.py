@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pecker_fast.checkpoint import StrPath, read_safetensors
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import check_dtypes, unwrapped
 from pecker_fast.models.inception import InceptionV3
 from pecker_fast.torch_file import read_torch, weights_of
 
@@ -37,7 +38,8 @@ def load_inception(path: StrPath) -> InceptionV3:
         raise FileFormatError(
             f"{path}: no such file; expected the weights of the FID Inception network (pt_inception-2015-12-05)"
         )
-    found = read_safetensors(path)[0] if path.suffix == ".safetensors" else _state_dict(path)
+    stored = path.suffix == ".safetensors"
+    found = unwrapped(str(path), read_safetensors(path)[0]) if stored else _state_dict(path)
     with torch.device("meta"):  # weights that do not fit are refused before anything is allocated
         network = InceptionV3()
     expected = _without_counters(network.state_dict())
@@ -64,6 +66,7 @@ def _without_counters(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(path: Path, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    check_dtypes(str(path), {name: tensor.dtype for name, tensor in weights.items()})
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys(), key=str)
     if missing or unexpected:
         raise FileFormatError(

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import MODULE, WRAPPERS, unwrapped
 from pecker_fast.models.pickled_storage import PickledStorage, PickledTensor, read_storage, refuse_torch_file, window
 from pecker_fast.pickle_machine import PickleMachine
 
@@ -99,7 +100,8 @@ def read_module(file: Path, key: str) -> PickledModule:
     if not isinstance(found, Inert):
         has = f"a dict with {sorted(values)[:10]}" if isinstance(values, dict) else type(values).__name__
         raise FileFormatError(f"{file}: expected a pickled dict with a network as {key!r}, got {has}")
-    tensors = dict(_walk(file, found))
+    found = _inner(file, found)
+    tensors = unwrapped(str(file), dict(_walk(file, found)))
     return PickledModule(found.kind.rpartition(".")[2], _config(found), tensors)
 
 
@@ -194,6 +196,13 @@ class _ModuleMachine(PickleMachine):
     @staticmethod
     def _shown(function: Any) -> str:
         return function.full[:100] if isinstance(function, _Name) else type(function).__name__
+
+
+def _inner(file: Path, network: Inert) -> Inert:
+    """The network within DataParallel and the like, whose settings and class are what is asked for."""
+    while len(children := _part(file, "", network, "_modules", Inert)) == 1 and children[0][0] in (MODULE, *WRAPPERS):
+        network = children[0][1]
+    return network
 
 
 def _walk(file: Path, network: Inert) -> Iterator[tuple[str, PickledTensor]]:

@@ -50,9 +50,26 @@ def copy_components(pipeline: Path, target: Path, without: Collection[str]) -> N
     for name in names:
         if name.isidentifier() and name not in without and (pipeline / name).is_dir():
             try:
-                shutil.copytree(pipeline / name, target / name)
-            except (OSError, shutil.Error) as error:
+                copy_folder(pipeline / name, target / name)
+            except OSError as error:
                 raise FileFormatError(f"{target / name}: cannot be copied ({error}); is the disk full?") from error
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy what a folder holds into a new one, byte for byte, that belongs to whoever copies it.
+
+    A cache of the Hugging Face Hub is read-only and full of symbolic links: links become files, and modes are those of
+    new files, so that the copy can be changed and removed.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
+    target.mkdir()
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            copy_folder(entry, target / entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)
 
 
 def copy_texts(source: Path, target: Path, without: Collection[str] = ()) -> None:

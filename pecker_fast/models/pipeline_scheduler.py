@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.models.one_step_scheduler import one_step_t_init
 from pecker_fast.models.pipeline_files import INDEX, SCHEDULER, index_with_scheduler, scheduler_entry
 
 METADATA = "scheduler"
@@ -81,10 +82,8 @@ class PipelineScheduler:
         return self.class_name == other.class_name and self.settings() == other.settings()
 
     def is_one_step(self, t_init: int) -> bool:
-        """Whether it makes the one step of a generator that starts at ``t_init``; see `one_step_scheduler`."""
-        settings = self.settings()
-        ends = settings.get("num_train_timesteps") == t_init + 1 and settings.get("timestep_spacing") == "trailing"
-        return self.class_name == "EulerDiscreteScheduler" and ends
+        """Whether it makes the one step of a generator that starts at ``t_init``."""
+        return one_step_t_init(json.loads(self.config)) == t_init
 
     def put_in(self, pipeline: Path) -> None:
         """Make it the scheduler of a folder, in place.

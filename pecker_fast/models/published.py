@@ -8,13 +8,11 @@ early snapshots keep only the generator's.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from torch import Tensor
-
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import check_network
 from pecker_fast.models.ddpm import DDPMUNet
 from pecker_fast.models.published_names import build, infer_architecture, to_own_names
 from pecker_fast.torch_file import describe, read_torch, weights_of
@@ -54,7 +52,7 @@ def load_published(
     """Read one network of a checkpoint of SFD, SA or SalUn; no code in the file is run.
 
     The architecture follows from names and shapes, and each of them is checked. The plain-torch equivalent is
-    ``torch.load(path, weights_only=True)[index]`` with ``module.`` cut off its names.
+    ``torch.load(path, weights_only=True)[index]`` with the names of wrappers (``module.``) cut off.
 
     Args:
         path: The file, such as ``ckpt.pth``.
@@ -90,7 +88,7 @@ def load_published(
     architecture = infer_architecture(where, weights, image_size=image_size, norm_groups=norm_groups, dropout=dropout)
     own = to_own_names(where, weights)
     model = build(where, own, architecture)
-    _check_numbers(where, own)
+    check_network(where, own)
     model.load_state_dict({name: tensor.clone() for name, tensor in own.items()}, assign=True)
     step = values[_STEP[len(values)]]
     one_step = distilled and which != "fake_score"
@@ -99,13 +97,3 @@ def load_published(
 
 def _entries(values: list[object]) -> list[tuple[str, int]]:
     return list((_DISTILLED if len(values) == 6 else _PRETRAINED).items())
-
-
-def _check_numbers(where: str, weights: Mapping[str, Tensor]) -> None:
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
-        raise FileFormatError(f"{where}: expected weights of one floating-point dtype, got {sorted(map(str, dtypes))}")
-    for name, tensor in weights.items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise FileFormatError(f"{where}: {name} has {bad} of {tensor.numel()} values NaN or infinite")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pecker_fast.checkpoint import StrPath, atomic_folder, read_json, write_safetensors
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import check_network
 from pecker_fast.models.module_pickle import PickledModule, read_module
 from pecker_fast.models.one_step_scheduler import diffusers_library, one_step_scheduler
 from pecker_fast.models.pipeline_files import (
@@ -75,7 +76,7 @@ class SidGenerator:
         _check_settings(file, base, network, config)
         _check_shapes(file, base, network, config)
         weights = {name: tensor.read() for name, tensor in network.tensors.items()}
-        _check_numbers(file, weights)
+        check_network(f"{file}: {KEY}", weights)
         return cls(base, weights, scheduler)
 
     def save(self, folder: StrPath) -> None:
@@ -139,18 +140,6 @@ def _check_shapes(file: Path, base: Path, network: PickledModule, config: Mappin
         raise FileFormatError(
             f"{file}: {KEY}: is no generator of {base}: {len(wrong)} weights differ: {'; '.join(shown)}"
         )
-
-
-def _check_numbers(file: Path, weights: Mapping[str, Tensor]) -> None:
-    dtypes = {tensor.dtype for tensor in weights.values()}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
-        raise FileFormatError(
-            f"{file}: {KEY}: expected weights of one floating-point dtype, got {sorted(map(str, dtypes))}"
-        )
-    for name, tensor in weights.items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise FileFormatError(f"{file}: {KEY}: {name} has {bad} of {tensor.numel()} values NaN or infinite")
 
 
 def _short(value: Any) -> str:

@@ -33,6 +33,7 @@ from pecker_fast.checkpoint import (
 )
 from pecker_fast.classes import CLASS_KEYS, Classes
 from pecker_fast.errors import FileFormatError
+from pecker_fast.foreign_weights import check_weights, unwrapped
 from pecker_fast.maskable import STORE
 from pecker_fast.models.classifier import DigitsClassifier
 from pecker_fast.models.ddpm import DDPMUNet
@@ -198,7 +199,8 @@ def load(folder: StrPath, dtype: torch.dtype | None = None) -> nn.Module:
             stored in another one.
 
     Raises:
-        FileFormatError: A file is missing, truncated or foreign, or the weights do not fit the architecture.
+        FileFormatError: A file is missing, truncated or foreign, or the weights do not fit the architecture, are
+            quantized, or are NaN or infinite.
     """
     config = load_config(folder)
     try:
@@ -209,6 +211,8 @@ def load(folder: StrPath, dtype: torch.dtype | None = None) -> nn.Module:
         raise FileFormatError(f"{folder}: {CONFIG_NAME} cannot be built: {error}") from error
     path = Path(folder) / (config.get("weights") or WEIGHTS_NAME)
     weights = read_shards(Path(folder)) if path.name == INDEX_NAME else read_safetensors(path)[0]
+    weights = unwrapped(str(path), weights)
+    check_weights(str(path), weights)
     _check_weights(path, model.state_dict(), weights)
     wanted = dtype or _DTYPES.get(config.get("dtype") or "")
     if wanted is not None:
