@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from pecker_fast import config_file
 from pecker_fast.commands import Outcome
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _attempt(options: argparse.Namespace) -> Ended:
     """Run the command; what users can mend comes back as a text and an exit code."""
+    _start_dropout(options)
     try:
         # Imported only now, so that --help and usage errors come at once.
         return Ended(0, outcome=importlib.import_module(f"pecker_fast.commands.{options.command}").run(options))
@@ -68,6 +71,12 @@ def _attempt(options: argparse.Namespace) -> Ended:
         return Ended(BAD_FILE, str(error))
     except (ValueError, TypeError, ImportError) as error:
         return Ended(USAGE, str(error))
+
+
+def _start_dropout(options: argparse.Namespace) -> None:
+    """Start torch's own generator, from which dropout draws, where the seed says: torch starts it anywhere."""
+    rank = int(os.environ["RANK"]) if launched() else 0
+    torch.manual_seed((getattr(options, "seed", None) or 0) + rank)
 
 
 def _attempt_quietly(options: argparse.Namespace) -> Ended:
