@@ -40,9 +40,10 @@ def _write(folder: Path) -> None:
     for name in ("x.npz", "x.png"):
         write_images(folder / name, images, labels, 2)
     write_npz(load_digits().subset(torch.arange(20)), folder / "digits.npz")
-    unlearn = "unlearn --pretrained_model_name_or_path teacher --forget_class 3 --output_dir out --max_train_steps 2 --train_batch_size 4"
+    unlearn = "unlearn --pretrained_model_name_or_path teacher --forget_class 3 --output_dir out"
+    unlearn += " --max_train_steps 2 --checkpointing_steps 1 --train_batch_size 4 --device cpu --quiet"
     os.chdir(folder)
-    assert main([*unlearn.split(), "--device", "cpu", "--quiet", "--checkpointing_steps", "1"]) == 0
+    assert main(unlearn.split()) == 0
 
 
 if __name__ == "__main__":
