@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.git_lfs import refuse_pointer
 from pecker_fast.leftovers import Unfinished, clear, make_file, merge, older_of
 from pecker_fast.tensor_file import bytes_of, write_tensors
 
@@ -159,6 +160,7 @@ def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not Path(path).is_file():
         raise FileFormatError(f"{path}: no such file")
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             # A clone owns its memory; the tensor itself would be a window into the file, which may change.

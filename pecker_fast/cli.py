@@ -21,6 +21,7 @@ import torch
 
 from pecker_fast import config_file
 from pecker_fast.commands import Outcome
+from pecker_fast.commands.notes import listening
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
 from pecker_fast.commands.together import run as run_together
 from pecker_fast.errors import FileFormatError, NonFiniteError, OutOfTimeError
@@ -60,7 +61,9 @@ def _attempt(options: argparse.Namespace) -> Ended:
     _start_dropout(options)
     try:
         # Imported only now, so that --help and usage errors come at once.
-        return Ended(0, outcome=importlib.import_module(f"pecker_fast.commands.{options.command}").run(options))
+        with listening() as notes:
+            outcome = importlib.import_module(f"pecker_fast.commands.{options.command}").run(options)
+        return Ended(0, outcome=replace(outcome, notes=tuple(notes)))
     except KeyboardInterrupt as interrupt:
         return Ended(INTERRUPTED, f"interrupted; {str(interrupt) or 'nothing was written'}")
     except NonFiniteError as error:
@@ -116,9 +119,11 @@ def _keep_flags(outcome: Outcome, options: argparse.Namespace) -> Outcome:
 
 def _print(outcome: Outcome, options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(outcome.values, indent=2, default=str))
+        notes = {"notes": list(outcome.notes)} if outcome.notes else {}
+        print(json.dumps({**outcome.values, **notes}, indent=2, default=str))
     elif not options.quiet:
-        print("\n".join(_lines(outcome.values, outcome.shown)) if outcome.text is None else outcome.text)
+        text = "\n".join(_lines(outcome.values, outcome.shown)) if outcome.text is None else outcome.text
+        print("\n".join([text, *(f"note: {note}" for note in outcome.notes)]))
 
 
 def _lines(values: Mapping[str, Any], shown: Mapping[str, str], indent: str = "") -> list[str]:

@@ -25,6 +25,7 @@ from pecker_fast.concepts.support import (
 )
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
+from pecker_fast.git_lfs import refuse_pointer
 from pecker_fast.models.one_step_scheduler import diffusers_library
 from pecker_fast.models.pipeline_families import PipelineFamily, image_size
 from pecker_fast.models.shards import read_shards
@@ -280,6 +281,7 @@ class PipelineFolder:
 
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    refuse_pointer(file)
     try:
         with safe_open(file, framework="pt") as stored:
             return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
