@@ -103,7 +103,7 @@ def _upright(image: Any) -> Any:
 @contextmanager
 def _opened(name: str, opener: Opener) -> Iterator[Any]:
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ImportError(
             "reading images needs Pillow, which is not installed; run: pip install pecker_fast[demo]"
@@ -115,7 +115,7 @@ def _opened(name: str, opener: Opener) -> Iterator[Any]:
             yield image
     except FileFormatError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         with opener() as stream:
             refuse_pointer(name, stream.read(100))
         raise FileFormatError(f"{name}: not a readable image ({error}); replace or remove it") from error
