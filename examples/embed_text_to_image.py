@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -38,7 +38,11 @@ class CaptionedImages(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         with Image.open(self.folder / self.entries[index]["file_name"]) as image:
-            small = image.convert("RGB").resize((self.resolution, self.resolution), Image.Resampling.BILINEAR)
+            small = (
+                ImageOps.exif_transpose(image)
+                .convert("RGB")
+                .resize((self.resolution, self.resolution), Image.Resampling.BILINEAR)
+            )
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1) / 127.5 - 1
         return {"pixel_values": pixels, "input_ids": self.tokens[index]}
 

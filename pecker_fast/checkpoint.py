@@ -7,18 +7,19 @@ appears under its name only when all of it is on the disk.
 import json
 import os
 import shutil
-import uuid
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.git_lfs import refuse_pointer
+from pecker_fast.leftovers import Unfinished, clear, make_file, merge, older_of
+from pecker_fast.tensor_file import bytes_of, write_tensors
 
 StrPath = str | os.PathLike[str]
 
@@ -30,8 +31,9 @@ def atomic_folder(path: StrPath) -> Iterator[Path]:
     The folder that is yielded lies beside ``path``. When the block ends normally, it is flushed to the disk
     and becomes ``path``; an older folder of that name is replaced, and entries that the new one does not have
     are moved over, so that nothing else is lost. When the block fails, what it wrote is removed and ``path``
-    stays as it was. Killed between the two renames of a replacement, the older folder remains as
-    ``.<name>.old-*``.
+    stays as it was. What a killed run left there is put away by the next one (see `pecker_fast.leftovers`).
+
+    Whatever wrote or copied the files, who may read and write them is what the process's umask says.
 
     Args:
         path: The folder to write; parents are created.
@@ -45,48 +47,56 @@ def atomic_folder(path: StrPath) -> Iterator[Path]:
     target = Path(os.path.abspath(path))
     if target.exists() and not target.is_dir():
         raise FileFormatError(f"{target}: is a file, but a folder is to be written; choose another name")
-    unfinished = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.mkdir()
+        unfinished = Unfinished(target, os.mkdir)
     except OSError as error:
         raise FileFormatError(
             f"{target}: cannot write into {target.parent} ({error.strerror}); choose another folder"
         ) from error
     try:
-        yield unfinished
+        clear(target.parent)
+        clear(target)
+        yield unfinished.path
         try:
-            _publish(unfinished, target)
+            _publish(unfinished.path, target)
         except OSError as error:
             raise FileFormatError(f"{target}: cannot be completed ({error}); is the disk full?") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.close()
 
 
 @contextmanager
 def atomic_file(path: StrPath) -> Iterator[Path]:
-    """Fill a file aside and rename it into place once it is complete; on failure nothing is left behind.
+    """Fill a file aside, flush it and rename it into place once it is complete; on failure nothing is left behind.
+
+    What a killed run left beside it is put away. The file has the mode that the process's umask gives.
 
     Args:
         path: The file to write.
 
     Yields:
-        The name to write to, in the same folder.
+        The name of an empty file to write into, in the same folder.
 
     Raises:
         FileFormatError: The file cannot be put in place.
     """
     target = Path(os.path.abspath(path))
-    unfinished = target.with_name(f".{target.name}.tmp-{uuid.uuid4().hex}")
     try:
-        yield unfinished
+        unfinished = Unfinished(target, make_file)
+    except OSError as error:
+        raise FileFormatError(f"{target}: cannot be written ({error.strerror}); choose another name") from error
+    try:
+        clear(target.parent)
+        yield unfinished.path
         try:
-            os.replace(unfinished, target)
+            _flush(unfinished.path)
+            os.replace(unfinished.path, target)
+            _flush(target.parent)
         except OSError as error:
             raise FileFormatError(f"{target}: cannot be written ({error.strerror}); choose another name") from error
     finally:
-        if unfinished.is_file():
-            unfinished.unlink()
+        unfinished.close()
 
 
 def write_json(path: StrPath, values: Mapping[str, Any]) -> None:
@@ -127,26 +137,18 @@ def read_json(path: StrPath) -> dict[str, Any]:
 
 
 def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors of any layout and device, and a header of strings.
+    """Write tensors of any layout and device, and a header of strings; the same content gives the same bytes.
 
     Tensors that share memory are written once each: on reading they are independent.
 
     Raises:
         FileFormatError: The file cannot be written.
+        ValueError: A tensor has no values of its own, or is of a dtype that the format does not have.
     """
-    # safetensors refuses other layouts, such as channels-last, and shared memory.
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    seen: set[int] = set()
-    for name, tensor in own.items():
-        storage = tensor.untyped_storage().data_ptr()
-        if storage in seen:
-            own[name] = tensor.clone()
-        seen.add(storage)
     try:
-        save_file(own, path, metadata=dict(metadata) if metadata else None)
-        # safetensors lets only the owner read what it writes; be as open as the folder is.
-        os.chmod(path, os.stat(Path(path).parent).st_mode & 0o666)
-    except (OSError, SafetensorError) as error:
+        with open(path, "wb") as file:
+            write_tensors(file, tensors, metadata or {})
+    except OSError as error:
         raise FileFormatError(f"{path}: cannot be written ({error})") from error
 
 
@@ -158,6 +160,7 @@ def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not Path(path).is_file():
         raise FileFormatError(f"{path}: no such file")
+    refuse_pointer(path)
     try:
         with safe_open(path, framework="pt") as file:
             # A clone owns its memory; the tensor itself would be a window into the file, which may change.
@@ -186,7 +189,7 @@ def rewrite_safetensors(source: StrPath, target: StrPath, tensors: Mapping[str, 
             header = json.loads(file.read(begin - 8))
             for name, tensor in tensors.items():
                 start, end = header[name]["data_offsets"] if name in header else (0, -1)
-                data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                data = bytes_of(tensor)
                 if len(data) != end - start:
                     raise ValueError(f"{source}: {name}: expected {end - start} bytes, got {len(data)}")
                 file.seek(begin + start)
@@ -196,24 +199,31 @@ def rewrite_safetensors(source: StrPath, target: StrPath, tensors: Mapping[str, 
 
 
 def _publish(unfinished: Path, target: Path) -> None:
-    """Flush ``unfinished`` and rename it to ``target``, setting an older folder aside meanwhile."""
-    for entry in [*unfinished.rglob("*"), unfinished]:
-        _flush(entry)
+    """Settle ``unfinished`` and rename it to ``target``, setting an older folder aside meanwhile."""
+    _settle(unfinished)
     if not target.exists():
         os.rename(unfinished, target)
     else:
-        older = target.with_name(f".{target.name}.old-{uuid.uuid4().hex}")
+        older = older_of(unfinished, target)
         os.rename(target, older)
         try:
             os.rename(unfinished, target)
         except OSError:
             os.rename(older, target)
             raise
-        for entry in older.iterdir():
-            if not os.path.lexists(target / entry.name):
-                os.rename(entry, target / entry.name)
-        shutil.rmtree(older)
+        merge(older, target)
     _flush(target.parent)
+
+
+def _settle(folder: Path) -> None:
+    """Flush all of it, with the rights that the folder itself was made with: libraries give files others."""
+    allowed = stat.S_IMODE(folder.stat().st_mode)
+    for entry in [path for path in folder.rglob("*") if not path.is_symlink()]:
+        mode, rights = stat.S_IMODE(entry.stat().st_mode), 0o777 if entry.is_dir() else 0o666
+        if (mode ^ allowed) & rights:
+            entry.chmod((mode & ~rights) | (allowed & rights))
+        _flush(entry)
+    _flush(folder)
 
 
 def _flush(path: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import uuid
 from pathlib import Path
 
 from pecker_fast.checkpoint import StrPath
 from pecker_fast.errors import FileFormatError
+from pecker_fast.leftovers import discard
 from pecker_fast.manifest import has_manifest
 
 LATEST = "latest"
@@ -50,7 +48,4 @@ def remove_oldest(root: StrPath, kind: str, keep: Path, limit: int) -> None:
     """Remove finished checkpoints of the lowest steps until at most ``limit`` are left, of which ``keep`` is one."""
     others = [path for path in finished(root, kind).values() if path != keep]
     for path in others[: max(0, len(others) + 1 - limit)]:
-        # Under another name first: killed half way, nothing half removed looks like a checkpoint.
-        removed = path.with_name(f".{path.name}.old-{uuid.uuid4().hex}")
-        os.rename(path, removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        discard(path)

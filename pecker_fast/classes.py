@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pecker_fast.errors import PeckerFastWarning
+
 ClassLabel = int | str
 """A class as it is asked for: its number, or its name."""
 
@@ -28,7 +30,7 @@ _NUMBERED = re.compile(r"([0-9]+)(?:[\W_].*)?", re.DOTALL)
 _LISTED = 20
 
 
-class ClassWarning(UserWarning):
+class ClassWarning(PeckerFastWarning):
     """Something about classes that is worth knowing, and stops nothing: no images, or no names to compare."""
 
 

@@ -17,11 +17,13 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TextIO
+from typing import Any
+
+import torch
 
 from pecker_fast import config_file
-from pecker_fast.classes import ClassWarning
 from pecker_fast.commands import Outcome
+from pecker_fast.commands.notes import listening
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
 from pecker_fast.commands.together import run as run_together
 from pecker_fast.errors import FileFormatError, NonFiniteError, OutOfTimeError, PeckerFastWarning
@@ -64,15 +66,20 @@ def _run(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _told(options: argparse.Namespace) -> Iterator[None]:
-    """Within the block warnings about classes are one line each, told once, and by one process of several."""
+    """Within the block the package's own warnings are one line each, told once, at once, and by one process of several.
+
+    A training may take days from there. Other warnings come as ever.
+    """
+    told: set[str] = set()
     with warnings.catch_warnings():
-        warnings.simplefilter("default", ClassWarning)
+        warnings.simplefilter("always", PeckerFastWarning)
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if not issubclass(category, ClassWarning):
+            if not issubclass(category, PeckerFastWarning):
                 others(message, category, *where)
-            elif os.environ.get("RANK", "0") == "0":
+            elif os.environ.get("RANK", "0") == "0" and str(message) not in told:
+                told.add(str(message))
                 _warn(options, str(message))
 
         warnings.showwarning = show  # type: ignore[assignment]
@@ -85,10 +92,12 @@ def _warn(options: argparse.Namespace, text: str) -> None:
 
 def _attempt(options: argparse.Namespace) -> Ended:
     """Run the command; what users can mend comes back as a text and an exit code."""
+    _start_dropout(options)
     try:
-        with _warnings_told(options):
-            # Imported only now, so that --help and usage errors come at once.
-            return Ended(0, outcome=importlib.import_module(f"pecker_fast.commands.{options.command}").run(options))
+        # Imported only now, so that --help and usage errors come at once.
+        with listening() as notes:
+            outcome = importlib.import_module(f"pecker_fast.commands.{options.command}").run(options)
+        return Ended(0, outcome=replace(outcome, notes=tuple(notes)))
     except KeyboardInterrupt as interrupt:
         return Ended(INTERRUPTED, f"interrupted; {str(interrupt) or 'nothing was written'}")
     except NonFiniteError as error:
@@ -101,28 +110,10 @@ def _attempt(options: argparse.Namespace) -> Ended:
         return Ended(USAGE, str(error))
 
 
-@contextmanager
-def _warnings_told(options: argparse.Namespace) -> Iterator[None]:
-    """The package's own warnings in one line each, at once: a training may take days from there. Others as ever."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", PeckerFastWarning)
-        show = warnings.showwarning
-
-        def tell(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if issubclass(category, PeckerFastWarning):
-                _warn(options, str(message))
-            else:
-                show(message, category, filename, lineno, file, line)
-
-        warnings.showwarning = tell
-        yield
+def _start_dropout(options: argparse.Namespace) -> None:
+    """Start torch's own generator, from which dropout draws, where the seed says: torch starts it anywhere."""
+    rank = int(os.environ["RANK"]) if launched() else 0
+    torch.manual_seed((getattr(options, "seed", None) or 0) + rank)
 
 
 def _attempt_quietly(options: argparse.Namespace) -> Ended:
@@ -162,9 +153,11 @@ def _keep_flags(outcome: Outcome, options: argparse.Namespace) -> Outcome:
 
 def _print(outcome: Outcome, options: argparse.Namespace) -> None:
     if options.json:
-        print(json.dumps(outcome.values, indent=2, default=str))
+        notes = {"notes": list(outcome.notes)} if outcome.notes else {}
+        print(json.dumps({**outcome.values, **notes}, indent=2, default=str))
     elif not options.quiet:
-        print("\n".join(_lines(outcome.values, outcome.shown)) if outcome.text is None else outcome.text)
+        text = "\n".join(_lines(outcome.values, outcome.shown)) if outcome.text is None else outcome.text
+        print("\n".join([text, *(f"note: {note}" for note in outcome.notes)]))
 
 
 def _lines(values: Mapping[str, Any], shown: Mapping[str, str], indent: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from pecker_fast.checkpoint import StrPath, read_json
 from pecker_fast.detectors import Pixels, sha256_of
 from pecker_fast.errors import FileFormatError, NonFiniteError
 from pecker_fast.foreign_weights import check_files
+from pecker_fast.git_lfs import refuse_pointer
 from pecker_fast.models.one_step_scheduler import one_step_t_init
 from pecker_fast.models.pipeline_families import FAMILIES, PipelineFamily, image_size
 from pecker_fast.prompt_files import EvaluationPrompt
@@ -233,6 +234,7 @@ def _check_weights(folder: Path, stem: str) -> None:
     if not whole.is_file() and not index.is_file():
         raise FileFormatError(f"{whole}: no such file; other formats, and variants such as fp16, are not read")
     for file in _weights(folder, stem):
+        refuse_pointer(file)
         try:
             with safe_open(file, framework="pt") as stored:
                 stored.keys()

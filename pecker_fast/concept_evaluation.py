@@ -28,6 +28,7 @@ from pecker_fast.concept_draws import (
 from pecker_fast.concept_draws import sampling_of as _sampling_of
 from pecker_fast.concept_tables import CHANGE, Columns, change, collect, rows, set_values
 from pecker_fast.detectors import Detector, Pixels
+from pecker_fast.leftovers import scratch_folder
 from pecker_fast.prompt_files import EvaluationPrompt, PromptSet
 
 CONCEPT, NEIGHBOURS = "concept", "neighbours"
@@ -120,9 +121,9 @@ def evaluate_concept(
     described = {name: detector.describe() for name, detector in detectors.items()}
     sides: dict[str, Columns] = {}
     records: dict[str, Any] = {"before": None}
-    with tempfile.TemporaryDirectory(prefix=".pecker-fast-", dir=scratch) as place:
+    with scratch_folder(Path(scratch or tempfile.gettempdir())) as place:
         shape = (len(prompts), *folders["after"].image_size, 3)
-        images = np.lib.format.open_memmap(Path(place) / "images.npy", "w+", np.uint8, shape)
+        images = np.lib.format.open_memmap(place / "images.npy", "w+", np.uint8, shape)
         for side, folder in folders.items():
             drawing = _Drawing(side, folder, settings, detectors, on_images)
             with quiet_libraries():

@@ -283,7 +283,7 @@ class BlockMask:
             )
         try:
             return cls.from_tensors(tensors, header)
-        except (KeyError, ValueError, TypeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise FileFormatError(f"{path}: damaged mask: {error!r}; save it again") from error
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:

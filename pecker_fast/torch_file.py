@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pecker_fast.errors import FileFormatError
 from pecker_fast.foreign_weights import unwrapped
+from pecker_fast.git_lfs import refuse_pointer
 
 
 def read_torch(path: str | os.PathLike[str], *, legacy: bool = False) -> Any:
@@ -34,6 +35,7 @@ def read_torch(path: str | os.PathLike[str], *, legacy: bool = False) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file; expected one that torch.save wrote")
+    refuse_pointer(path)
     archive = not legacy or _is_archive(path)
     if archive:
         _check_archive(path)

@@ -92,7 +92,7 @@ def test_saving_replaces_an_older_delta_or_leaves_it(saved, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pecker_fast.checkpoint.save_file", full)
+        patch.setattr("pecker_fast.checkpoint.write_tensors", full)
         with pytest.raises(FileFormatError, match="no space left"):
             delta.save(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

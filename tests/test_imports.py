@@ -9,7 +9,8 @@ import pecker_fast
 
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
-    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter"],
+    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter", "leftovers", "tensor_file"],
+    ["git_lfs"],
     ["checkpoint", "blocks", "classes", "regions", "settings", "step_metrics", "pickle_machine"],
     ["prompt_text", "foreign_weights"],
     ["mask_config", "config_file", "data", "prompt_files", "torch_file"],

@@ -19,12 +19,14 @@ class Outcome:
         text: For people; None lists ``values``.
         shown: Name of a value -> what that list has in its place.
         warning: What went wrong without harm to the rest; always told, on stderr.
+        notes: What the readers of data had to say: which split was taken, what was left out.
     """
 
     values: Mapping[str, Any]
     text: str | None = None
     shown: Mapping[str, str] = field(default_factory=dict)
     warning: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def dry_run(settings: Mapping[str, Any], parameters: Mapping[str, int], writes: list[str]) -> Outcome:

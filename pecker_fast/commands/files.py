@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pecker_fast.checkpoint import atomic_file
 from pecker_fast.data import ImageData
 from pecker_fast.data.npz import read_npz
 from pecker_fast.errors import FileFormatError
@@ -38,17 +38,12 @@ def write_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
     Raises:
         FileFormatError: The file cannot be written.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as stream:
+        with atomic_file(file) as unfinished, unfinished.open("wb") as stream:
             write(stream)
-        os.replace(unfinished, file)
     except OSError as error:
         raise FileFormatError(f"{file}: cannot be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):  # it was never made
-            unfinished.unlink()
 
 
 def to_pixels(images: Tensor) -> Pixels:

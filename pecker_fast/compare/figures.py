@@ -7,13 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from pecker_fast.compare import timing
 from pecker_fast.compare.results import Results
 from pecker_fast.compare.statistics import Interval, mean
 from pecker_fast.compare.store import Line
+from pecker_fast.data.npz import read_arrays
 from pecker_fast.report import new_figure, write_figure
 
 _FIGURES = (
@@ -130,8 +128,7 @@ def _samples(files: Mapping[str, Path], path: Path, class_names: Sequence[str], 
     drawn = new_figure((1.8 + 0.55 * len(class_names), 0.5 + 0.55 * len(files)))
     grid = drawn.subplots(len(files), len(class_names), squeeze=False)
     for row, (name, file) in zip(grid, files.items(), strict=True):
-        with np.load(file, allow_pickle=False) as arrays:
-            images: npt.NDArray[np.uint8] = arrays["images"]
+        images = read_arrays(file)["images"]
         for label, axes in enumerate(row):
             picture = images[label]
             axes.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)

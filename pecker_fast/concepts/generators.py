@@ -13,6 +13,7 @@ from torch import Tensor
 from pecker_fast.concepts.pipeline import SETTINGS, PipelineFolder
 from pecker_fast.concepts.support import files_of
 from pecker_fast.errors import FileFormatError
+from pecker_fast.git_lfs import refuse_pointer
 from pecker_fast.models.one_step_scheduler import betas_of
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -93,6 +94,7 @@ def _tensor(file: Path, name: str) -> Tensor:
 
 
 def _opened(file: Path) -> Any:
+    refuse_pointer(file)
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:

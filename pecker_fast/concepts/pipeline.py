@@ -28,6 +28,7 @@ from pecker_fast.concepts.tokens import MISSING, check_lengths, read_tokenizer, 
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.foreign_weights import check_dtypes, check_files, check_names
+from pecker_fast.git_lfs import refuse_pointer
 from pecker_fast.models.one_step_scheduler import diffusers_library, one_step_t_init
 from pecker_fast.models.pipeline_families import PipelineFamily, image_size
 from pecker_fast.models.shards import read_shards
@@ -273,6 +274,7 @@ class PipelineFolder:
 
 def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """By the file's header, if what it tells of can be trained."""
+    refuse_pointer(file)
     try:
         with safe_open(file, framework="pt") as stored:
             found = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118

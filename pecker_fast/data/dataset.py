@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from pecker_fast.data import cifar10, folder, npz, parquet, stl10
-from pecker_fast.data.files import natural, of_split
+from pecker_fast.data import cifar10, folder, npz, parquet, splits, stl10
+from pecker_fast.data.files import natural
 from pecker_fast.data.images import ImageData
 from pecker_fast.data.stored import StoredImages, joined
 from pecker_fast.errors import FileFormatError
 
 DataFormat = Literal["cifar10-binary", "cifar10-python", "parquet", "stl10", "npz", "folder"]
-Split = Literal["train", "test", "all"]
+Split = Literal["train", "test", "all", "validation"]
+LOGGER = "pecker_fast.data"
+"""Is told the notes of what is read."""
 FORMATS: tuple[str, ...] = get_args(DataFormat)
 SPLITS: tuple[str, ...] = get_args(Split)
 
 _FINDERS: dict[str, Callable[[Path, str], list[Path]]] = {
     "cifar10-binary": cifar10.binary_files,
     "cifar10-python": cifar10.python_files,
-    "parquet": lambda root, split: of_split(natural(root.glob("*.parquet")), split),
+    "parquet": splits.parquet_files,
     "stl10": stl10.stl10_files,
-    "npz": lambda root, split: of_split(natural(root.glob("*.npz")), split),
-    "folder": folder.class_roots,
+    "npz": lambda root, split: splits.of_split(root, natural(root.glob("*.npz")), split),
+    "folder": splits.class_roots,
 }
 _LOOKED_FOR = (
     "data_batch_*.bin or test_batch.bin (CIFAR-10, binary), data_batch_* or test_batch (CIFAR-10, python), *.parquet, "
-    "train_X.bin or test_X.bin (STL-10), *.npz, or one subfolder of .png or .jpg per class"
+    "train_X.bin or test_X.bin (STL-10), *.npz, or one subfolder of pictures per class"
 )
 
 
@@ -50,13 +54,13 @@ def load_dataset(
         image_size: Height and width wanted: those of the images, or a whole fraction of them, for which boxes of
             pixels are averaged (32 to 16: the mean of each 2x2). None keeps them.
         channels: 1 or 3; colours become ITU-R 601 luma, grey is repeated. None keeps them.
-        split: "train", "test" or "all" of both. A set without splits is all "train".
+        split: "train", "test", "validation" or "all" of them. A set without splits is all "train".
         format: One of ``FORMATS``; None finds out.
         limit: At most so many images, evenly spaced over the data, so that sorted files keep all their classes.
         checksums: Name of a file -> SHA-256; None takes those of a ``SHA256SUMS`` beside the data, if it is there.
 
     Returns:
-        Images (N, C, H, W) float32 in [-1, 1], labels int64, class names.
+        Images (N, C, H, W) float32 in [-1, 1], labels int64, class names; notes say what was not read.
 
     Raises:
         FileFormatError: Nothing known lies there, or a file is missing, truncated, damaged or hostile; the message
@@ -69,7 +73,10 @@ def load_dataset(
             raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
     root = Path(path)
     stored = _stored_file(root, split, format, checksums) if root.is_file() else _stored(root, split, format, checksums)
-    return stored.load(image_size=image_size, channels=channels, limit=limit)
+    data = stored.load(image_size=image_size, channels=channels, limit=limit)
+    for note in data.notes:
+        logging.getLogger(LOGGER).info("%s: %s", root, note)
+    return data
 
 
 def detect_format(path: Path) -> DataFormat:
@@ -83,7 +90,7 @@ def detect_format(path: Path) -> DataFormat:
     found = [name for name in FORMATS if name != "folder" and _FINDERS[name](path, "all")]
     if len(found) > 1:
         raise FileFormatError(f"{path}: holds {' and '.join(found)}; say which with format (--data_format)")
-    if not found and not folder.class_roots(path, "all"):
+    if not found and not splits.class_roots(path, "all"):
         raise FileFormatError(f"{path}: holds no class folders and no known files; looked for {_LOOKED_FOR}")
     return found[0] if found else "folder"  # type: ignore[return-value]
 
@@ -92,10 +99,29 @@ def _stored(root: Path, split: str, format: str | None, checksums: Mapping[str, 
     chosen = format or detect_format(root)
     files = _FINDERS[chosen](root, split) if root.is_dir() else []
     if not files:
+        there = _splits(root, chosen) if root.is_dir() else []
+        has = f"it has {', '.join(there)} (split, --split)" if there else f"looked for {_LOOKED_FOR}"
         raise FileFormatError(
-            f"{root}: holds no {chosen} files of split {split!r}; "
-            f"looked for {_LOOKED_FOR}; a set without splits is 'train'"
+            f"{root}: holds no {chosen} files of split {split!r}; {has}; a set without splits is 'train'"
         )
+    stored = _read(root, chosen, files, checksums)
+    return replace(stored, notes=(*_said(root, chosen, split), *stored.notes))
+
+
+def _said(root: Path, chosen: str, split: str) -> Iterator[str]:
+    """What was taken of several splits, and what lies beside them."""
+    there = _splits(root, chosen)
+    if split != "all" and len(there) > 1:
+        yield f"split {split} of {', '.join(there)} was read; another one is chosen with split (--split)"
+    if chosen == "folder" and (left := splits.left_out(root)):
+        yield f"left out beside the class folders: {', '.join(left)}"
+
+
+def _splits(root: Path, chosen: str) -> list[str]:
+    return [name for name in splits.NAMED if _FINDERS[chosen](root, name)]
+
+
+def _read(root: Path, chosen: str, files: list[Path], checksums: Mapping[str, str] | None) -> StoredImages:
     match chosen:
         case "cifar10-binary":
             return cifar10.read_binary(root, files, checksums)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pecker_fast.errors import FileFormatError
+from pecker_fast.git_lfs import refuse_pointer
 
 SUMS_NAME = "SHA256SUMS"
 MAX_BYTES = 1 << 34
@@ -23,6 +24,7 @@ def map_file(file: Path) -> npt.NDArray[np.uint8]:
     Raises:
         FileFormatError: The file is missing, empty or unreadable.
     """
+    refuse_pointer(file)
     try:
         return np.memmap(file, dtype=np.uint8, mode="r")
     except (OSError, ValueError) as error:  # an empty file cannot be mapped
@@ -73,14 +75,6 @@ def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
             digits = number.lstrip("0")
             parts[index] = len(digits), digits  # as a number, however long it is
     return parts, name
-
-
-def of_split(files: list[Path], split: str) -> list[Path]:
-    """Files whose names begin with the split; all of them are "train" if none begins with a split's name."""
-    if not any(file.name.startswith(("train", "test", "val")) for file in files):
-        return [] if split == "test" else files
-    wanted = ("train", "test") if split == "all" else (split,)
-    return [file for name in wanted for file in files if file.name.startswith(name)]
 
 
 def _digest(file: Path) -> str:

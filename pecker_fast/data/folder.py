@@ -1,27 +1,27 @@
-"""Image folders: ``root/<class name>/*.png`` (or jpg), class indices in the order of the names, with 2 before 10."""
+"""Image folders: pictures in ``root/<class name>/``, class indices in the order of the names, with 2 before 10."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pecker_fast.data import pictures
-from pecker_fast.data.files import check_sums, natural
+from pecker_fast.data.files import check_sums
 from pecker_fast.data.images import ImageData
+from pecker_fast.data.splits import hidden, subfolders
 from pecker_fast.data.stored import BLOCK, Indices, Pixels, StoredImages
 from pecker_fast.errors import FileFormatError
-
-_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
 def load_image_folder(path: str | Path, *, image_size: int, channels: int = 3) -> ImageData:
     """Read every image below ``path``, one folder a class.
 
     Images are not resized: which filter was used changes Frechet distances, so that is left to the user
-    (`pecker_fast.data.load_dataset` averages boxes where asked). Transparency is dropped, hidden folders and other
-    files are ignored.
+    (`pecker_fast.data.load_dataset` averages boxes where asked). Pictures are turned as EXIF says, of several in a
+    file the first is taken, transparency is dropped. Hidden files are ignored, others are counted in ``notes``.
 
     Args:
         path: Folder with one subfolder per class.
@@ -69,25 +69,15 @@ def read_folder(
         files += own
         labels += [label] * len(own)
     check_sums(base or root, files, checksums)
-    shape = shape or _common_shape(files)
+    shape = shape or pictures.common_shape(root, ((str(file), pictures.opener_of(file)) for file in files))
 
     def read(indices: Indices) -> Iterator[Pixels]:
         for start in range(0, len(indices), BLOCK):
             block = [files[index] for index in indices[start : start + BLOCK]]
             yield np.stack([pictures.decode(str(file), pictures.opener_of(file), shape) for file in block])
 
-    return StoredImages(root, shape, np.array(labels, dtype=np.int64), tuple(f.name for f in folders), read)
-
-
-def class_roots(root: Path, split: str) -> list[Path]:
-    """Folders of class folders: ``train`` and ``test`` below ``root`` as the split says, or ``root`` itself."""
-    names = {folder.name for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith(".")}
-    if not names:
-        return []
-    if "train" not in names or not names <= {"train", "test", "val", "validation"}:
-        return [] if split == "test" else [root]
-    wanted = ("train", "test") if split == "all" else (split,)
-    return [root / name for name in wanted if name in names]
+    names = tuple(folder.name for folder in folders)
+    return StoredImages(root, shape, np.array(labels, dtype=np.int64), names, read, _left_out(folders))
 
 
 def _class_folders(root: Path) -> list[Path]:
@@ -98,20 +88,30 @@ def _class_folders(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise FileFormatError(f"{root}: no such folder; expected one subfolder per class")
-    folders = natural(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = subfolders(root)
     if not folders:
         raise FileFormatError(f"{root}: holds no class folders; put each class into a subfolder of its own")
     return folders
 
 
 def _image_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if pictures.is_picture(file))
     if not files:
-        raise FileFormatError(f"{folder}: holds no .png or .jpg images; add some or remove the folder")
+        said = "".join(f"; {note}" for note in _left_out([folder]))
+        raise FileFormatError(f"{folder}: holds no {', '.join(pictures.SUFFIXES)}{said}; add some or remove the folder")
     return files
 
 
-def _common_shape(files: list[Path]) -> tuple[int, int, int]:
-    """Size of the first, which the others must have when they are decoded; colour if any has it."""
-    shapes = [pictures.shape_of(str(file), pictures.opener_of(file)) for file in files]
-    return max(channels for channels, _, _ in shapes), *shapes[0][1:]
+def _left_out(folders: Sequence[Path]) -> tuple[str, ...]:
+    """What class folders hold beside pictures, in one sentence if anything."""
+    entries = [entry for folder in folders for entry in folder.iterdir() if not hidden(entry)]
+    counts = Counter(
+        "folders" if entry.is_dir() else entry.suffix.lower() or "without an ending"
+        for entry in entries
+        if not pictures.is_picture(entry)
+    )
+    if not counts:
+        return ()
+    total, kinds = counts.total(), sorted(counts)
+    listed = kinds[0] if len(kinds) == 1 else ", ".join(f"{kind} ({counts[kind]})" for kind in kinds)
+    return (f"left out {total} file{'s' * (total > 1)}: {listed}",)

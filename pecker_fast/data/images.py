@@ -1,6 +1,6 @@
 """Labelled images in memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ class ImageData:
         images: (N, C, H, W) float32 in [-1, 1].
         labels: (N,) int64, indices into ``class_names``.
         class_names: One name per class.
+        notes: What their reader has to say, a sentence each: which split they are of, what it left out.
     """
 
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check shapes, dtypes and label range.
@@ -46,7 +48,7 @@ class ImageData:
 
     def subset(self, indices: Tensor) -> "ImageData":
         """The images at ``indices`` (int64 or bool), in that order, with all class names kept."""
-        return ImageData(self.images[indices], self.labels[indices], self.class_names)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def split(self, held_out: float = 0.2, seed: int = 0) -> tuple["ImageData", "ImageData"]:
         """Divide into a training and a held-out part, each class in the same proportion.

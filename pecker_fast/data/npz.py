@@ -17,6 +17,7 @@ from pecker_fast.data.files import MAX_BYTES, check_sums
 from pecker_fast.data.images import ImageData
 from pecker_fast.data.stored import BLOCK, StoredImages, blocks_of, checked_names
 from pecker_fast.errors import FileFormatError
+from pecker_fast.git_lfs import refuse_pointer
 
 _LAYOUT = "images (N, H, W, C) uint8, labels (N,) integers and, if wanted, class_names (classes,) strings"
 _MAX_RATIO, _FREE = 100, 1 << 26
@@ -78,6 +79,7 @@ def read_arrays(file: Path) -> dict[str, npt.NDArray[Any]]:
     Raises:
         FileFormatError: The file is no npz, or holds too much or anything else.
     """
+    refuse_pointer(file)
     try:
         with zipfile.ZipFile(file) as archive:
             members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}

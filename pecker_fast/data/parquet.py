@@ -16,6 +16,7 @@ from pecker_fast.data import pictures
 from pecker_fast.data.files import MAX_BYTES, check_sums
 from pecker_fast.data.stored import BLOCK, Indices, Pixels, StoredImages, checked_names
 from pecker_fast.errors import FileFormatError
+from pecker_fast.git_lfs import refuse_pointer
 
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels")
 _INTEGERS = {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32"}
@@ -24,7 +25,7 @@ _MAX_RATIO, _FREE = 100, 1 << 26
 
 
 def read_parquet(root: Path, files: list[Path], checksums: Mapping[str, str] | None = None) -> StoredImages:
-    """Find images and labels; pictures are decoded when they are read, batch by batch.
+    """Find images and labels; pictures are decoded when they are read, batch by batch. One in colour makes all so.
 
     Args:
         root: The folder.
@@ -42,9 +43,9 @@ def read_parquet(root: Path, files: list[Path], checksums: Mapping[str, str] | N
     for file, (_, own) in zip(files, heads, strict=True):
         if own != names:
             raise FileFormatError(f"{file}: its class names are not those of {files[0].name}")
-        _first_shape(file)
     labels = np.concatenate([labels for labels, _ in heads])
-    shape = _first_shape(files[0])
+    encoded = (picture for file in files for picture in _pictures(file))
+    shape = pictures.common_shape(root, ((name, opener) for _, name, opener in encoded))
     classes = checked_names(root if len(files) > 1 else files[0], labels, names)
 
     def read(indices: Indices) -> Iterator[Pixels]:
@@ -71,6 +72,8 @@ def _head(file: Path) -> tuple[Indices, tuple[str, ...] | None]:
             raise FileFormatError(f"{file}: expected {table.metadata.num_rows} labels, got {len(labels)}")
         own = labels.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
         names = _class_names(file, name, schema.metadata)
+    if not len(own):
+        raise FileFormatError(f"{file}: holds no images")
     checked_names(file, own, names)
     return own, names
 
@@ -89,20 +92,14 @@ def _class_names(file: Path, label: str, metadata: Mapping[bytes, bytes] | None)
     return tuple(names)
 
 
-def _first_shape(file: Path) -> tuple[int, int, int]:
-    for _, name, content in _pictures(file):
-        return pictures.shape_of(name, partial(io.BytesIO, content))
-    raise FileFormatError(f"{file}: holds no images")
-
-
 def _decoded(file: Path, wanted: Indices, shape: tuple[int, int, int]) -> Iterator[Pixels]:
     chosen = set(wanted.tolist())
     block: list[Pixels] = []
     seen = 0
-    for index, name, content in _pictures(file):
+    for index, name, opener in _pictures(file):
         if index not in chosen:
             continue
-        block.append(pictures.decode(name, partial(io.BytesIO, content), shape))
+        block.append(pictures.decode(name, opener, shape))
         seen += 1
         if len(block) == BLOCK:
             yield np.stack(block)
@@ -113,8 +110,8 @@ def _decoded(file: Path, wanted: Indices, shape: tuple[int, int, int]) -> Iterat
         yield np.stack(block)
 
 
-def _pictures(file: Path) -> Iterator[tuple[int, str, bytes]]:
-    """Number, name for messages, and encoded bytes of every picture."""
+def _pictures(file: Path) -> Iterator[tuple[int, str, pictures.Opener]]:
+    """Number, name for messages, and opener of every picture."""
     index = 0
     with _opened(file) as table:
         column = _column(file, table.schema_arrow.names, _IMAGES)
@@ -123,7 +120,7 @@ def _pictures(file: Path) -> Iterator[tuple[int, str, bytes]]:
                 content = value.get("bytes") if isinstance(value, dict) else value
                 if not isinstance(content, bytes):
                     raise FileFormatError(f"{file}: {column} {index} holds no bytes; images by path are not supported")
-                yield index, f"{file}: {column} {index}", content
+                yield index, f"{file}: {column} {index}", partial(io.BytesIO, content)
                 index += 1
 
 
@@ -136,6 +133,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise ImportError(
             "reading parquet needs pyarrow, which is not installed; run: pip install pecker_fast[data]"
         ) from error
+    refuse_pointer(file)
     try:
         with pq.ParquetFile(file, memory_map=True, page_checksum_verification=True) as table:
             _check_size(file, table.metadata)

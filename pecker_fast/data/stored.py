@@ -35,6 +35,7 @@ class StoredImages:
         labels: (N,) int64, indices into ``class_names``.
         class_names: One name per class.
         read: Ascending indices -> blocks (n, C, H, W) uint8, in that order.
+        notes: What there is to say about them, for `ImageData.notes`.
     """
 
     source: Path
@@ -42,6 +43,7 @@ class StoredImages:
     labels: Indices
     class_names: tuple[str, ...]
     read: Callable[[Indices], Iterator[Pixels]]
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no reader may return.
@@ -91,7 +93,7 @@ class StoredImages:
             small = F.avg_pool2d(pixels, factor) if factor > 1 else pixels
             images[filled : filled + len(block)] = small.div_(127.5).sub_(1)
             filled += len(block)
-        return ImageData(images, torch.from_numpy(self.labels[chosen]), self.class_names)
+        return ImageData(images, torch.from_numpy(self.labels[chosen]), self.class_names, self.notes)
 
     def _factor(self, image_size: int | None) -> int:
         own = self.shape[1]
@@ -135,15 +137,16 @@ def blocks_of(parts: Sequence[Pixels]) -> Callable[[Indices], Iterator[Pixels]]:
 
 
 def joined(source: Path, parts: Sequence[StoredImages]) -> StoredImages:
-    """Several as one, in this order; names that one part has fewer of are those of the others.
+    """Several as one, in this order; in colour if one is, and names that one part has fewer of are those of the others.
 
     Raises:
         FileFormatError: They differ in size or in classes.
     """
     names = max((part.class_names for part in parts), key=len)
+    channels = max(part.shape[0] for part in parts)
     for part in parts:
         other = next((pair for pair in zip(part.class_names, names, strict=False) if pair[0] != pair[1]), None)
-        if part.shape != parts[0].shape or other is not None:
+        if part.shape[1:] != parts[0].shape[1:] or other is not None:
             first = "" if other is None else f": class {names.index(other[1])} is {other[0]!r} there, else {other[1]!r}"
             raise FileFormatError(
                 f"{part.source}: {len(part.class_names)} classes of {part.shape} do not go with the "
@@ -154,10 +157,13 @@ def joined(source: Path, parts: Sequence[StoredImages]) -> StoredImages:
         start = 0
         for part in parts:
             end = start + len(part.labels)
-            yield from part.read(indices[(indices >= start) & (indices < end)] - start)
+            for block in part.read(indices[(indices >= start) & (indices < end)] - start):
+                yield _with_channels(torch.from_numpy(block), channels).numpy()
             start = end
 
-    return StoredImages(source, parts[0].shape, np.concatenate([part.labels for part in parts]), names, read)
+    shape = (channels, *parts[0].shape[1:])
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return StoredImages(source, shape, np.concatenate([part.labels for part in parts]), names, read, notes)
 
 
 def checked_names(source: Path, labels: Indices, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -191,7 +191,7 @@ class Delta:
             hashes = Fingerprints(**{key: int(value, 16) for key, value in config["fingerprints"].items()})
             payload = _split(tensors["xor"], mask.parameters, layouts)
             name, metadata, versions = config["name"], dict(config["metadata"]), dict(config["made_with"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise FileFormatError(f"{folder}: its files do not fit together: {error!r}; get the delta again") from error
         return cls(mask, payload, layouts, hashes, name, metadata, versions)
 

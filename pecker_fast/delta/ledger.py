@@ -7,6 +7,7 @@ there, because other weights were loaded or training went on, it does not count.
 from __future__ import annotations
 
 import base64
+import json
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from pecker_fast.models.storage import DELTAS_ATTRIBUTE, DELTAS_NAME
 
 FORMAT = "pecker_fast.deltas"
 VERSION = 1
+_FREE = 1 << 24
+"""Blocks that a mask may have whatever lies beside it. A small file can claim any number of them."""
+_TIMES = 16
+"""Active blocks that all masks together may have, for each block that one may."""
+_DAMAGED = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +89,10 @@ class Ledger:
     @classmethod
     def of(cls, model: object) -> Ledger:
         """That of a module; an empty one for anything else, because a mapping remembers nothing."""
-        values = model.__dict__.get(DELTAS_ATTRIBUTE) if isinstance(model, nn.Module) else None
-        return cls() if values is None else cls.from_dict(values)
+        if not isinstance(model, nn.Module) or DELTAS_ATTRIBUTE not in model.__dict__:
+            return cls()
+        weights = sum(tensor.numel() for tensor in model.state_dict().values())
+        return cls.from_dict(model.__dict__[DELTAS_ATTRIBUTE], weights)
 
     def attach(self, model: nn.Module) -> None:
         """Make it the module's; copies of the module get their own."""
@@ -98,14 +106,15 @@ class Ledger:
         """That of a model folder; empty where there is no ``pecker_deltas.json``.
 
         Raises:
-            FileFormatError: The file is damaged.
+            FileFormatError: The file is damaged, or claims masks of more blocks than there are weights beside it.
         """
         path = Path(folder) / DELTAS_NAME
         if not path.exists():
             return cls()
+        weights = sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file() and file != path)
         try:
-            return cls.from_dict(read_json(path))
-        except (KeyError, ValueError, TypeError, zlib.error) as error:
+            return cls.from_dict(read_json(path), weights)
+        except ValueError as error:
             raise FileFormatError(f"{path}: damaged record of applied deltas: {error}") from error
 
     def save(self, folder: StrPath) -> None:
@@ -129,16 +138,30 @@ class Ledger:
         return {"format": FORMAT, "version": VERSION, "deltas": [_to_json(record) for record in self]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Ledger:
+    def from_dict(cls, values: Mapping[str, Any], weights: int = 0) -> Ledger:
         """From ``to_dict``.
 
+        Args:
+            values: What that gave.
+            weights: At most so many weights can have blocks; masks of a few million blocks are always read.
+
         Raises:
-            KeyError, ValueError, TypeError, zlib.error: It is something else.
+            ValueError: It is something else, or its masks have more blocks.
         """
         if values.get("format") != FORMAT or values.get("version") != VERSION:
             found = f"{values.get('format')!r} version {values.get('version')!r}"
             raise ValueError(f"expected {FORMAT} version {VERSION}, got {found}")
-        return cls([_from_json(entry) for entry in values["deltas"]])
+        room, active = max(weights, _FREE), 0
+        ledger = cls()
+        try:
+            for entry in values["deltas"]:
+                ledger.records.append(_from_json(entry, room))
+                active += sum(len(parameter.active) for parameter in ledger.records[-1].mask.parameters.values())
+                if active > _TIMES * room:
+                    raise ValueError(f"{active} active blocks in all, of weights that can have {room}")
+        except _DAMAGED as error:
+            raise ValueError(f"not what pecker_fast writes ({error!r:.200})") from error
+        return ledger
 
 
 def _to_json(record: Record) -> dict[str, Any]:
@@ -152,7 +175,21 @@ def _to_json(record: Record) -> dict[str, Any]:
     }
 
 
-def _from_json(entry: Mapping[str, Any]) -> Record:
-    data = zlib.decompress(base64.b64decode(entry["bits"], validate=True))
-    bits = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+def _from_json(entry: Mapping[str, Any], room: int) -> Record:
+    """One record, if its mask has at most ``room`` blocks."""
+    bits = _decompressed(base64.b64decode(entry["bits"], validate=True), json.loads(entry["mask"]["bytes"]), room)
     return Record(entry["name"], int(entry["before"], 16), int(entry["after"], 16), unpack_mask(bits, entry["mask"]))
+
+
+def _decompressed(data: bytes, sizes: list[int], room: int) -> Tensor:
+    """As many bytes as the weights have in all, if that is not beyond reason: the last one of each may be padded."""
+    expected = sum(sizes)
+    if 8 * (expected - len(sizes)) > room:
+        raise ValueError(
+            f"a mask of {8 * expected} blocks, of weights that can have {room}; keep it beside its weights"
+        )
+    machine = zlib.decompressobj()
+    found = machine.decompress(data, max(expected, 0) + 1)
+    if len(found) != expected or not machine.eof or machine.unused_data:
+        raise ValueError(f"expected {expected} bytes of blocks, got {len(found)} or more, or something behind them")
+    return torch.from_numpy(np.frombuffer(found, dtype=np.uint8).copy())
