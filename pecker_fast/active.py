@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +15,7 @@ from pecker_fast.flat_store import FlatStore
 from pecker_fast.layers import MaskedConv2d, MaskedLinear
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE, Survey
-from pecker_fast.ops.weight_grad_ways import chosen_ways
+from pecker_fast.ops.weight_grad_ways import choices_to_save, chosen_ways, restore_choices
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -252,6 +252,24 @@ class ActiveParameters(FlatStore):
                 ways = dict.fromkeys(choice.used for choice in chosen_ways(entry.mask))
                 found[entry.name] = ", ".join(ways) or "not yet chosen"
         return found
+
+    def measured_ways(self) -> dict[str, str]:
+        """How a GPU computes the gradients of these weights, as far as it was measured: for a checkpoint of your own.
+
+        Measured anew, a resumed run could choose otherwise and get other bits; ``use_measured_ways`` takes it back.
+
+        Returns:
+            Kind of problem, as a text -> name of the way. Empty on a CPU, where nothing is measured.
+        """
+        return choices_to_save(entry.mask for entry in self._entries)
+
+    def use_measured_ways(self, ways: Mapping[str, str]) -> None:
+        """Compute gradients as the run did that ``measured_ways`` was asked in.
+
+        Raises:
+            ValueError: It is not what ``measured_ways`` gives; nothing is changed.
+        """
+        restore_choices(ways)
 
     def summary(self) -> str:
         """What trains and what does not, one line each."""

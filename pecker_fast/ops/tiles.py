@@ -54,7 +54,7 @@ def best_tiles(
     Every program reads its out channels once and its in channels once for each of its taps.
     """
     grid = _grid(mask, as_rows)
-    fitting = [(m, n) for m, n in sizes if n == MIN_SIDE or n <= _power_of_two(grid.block[1])]
+    fitting = [(m, n) for m, n in sizes if n == MIN_SIDE or n <= power_of_two(grid.block[1])]
 
     def cost(size: tuple[int, int]) -> tuple[int, int]:
         block_m, block_n = size
@@ -198,9 +198,9 @@ def _grid(mask: ParameterMask, as_rows: bool) -> BlockGrid:
 
 
 def _group(grid: BlockGrid) -> int:
-    return min(max(_power_of_two(grid.block[0]), MIN_SIDE), MAX_GROUP)
+    return min(max(power_of_two(grid.block[0]), MIN_SIDE), MAX_GROUP)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest that is no less than ``n``."""
     return 1 << max(n - 1, 0).bit_length()
