@@ -69,7 +69,8 @@ class Ranks:
         """
         if self.group is None:
             return
-        digests = [torch.tensor(list(hashlib.sha256(part).digest()), dtype=torch.uint8) for part in parts.values()]
+        hashes = [list(hashlib.sha256(part).digest()) for part in parts.values()]
+        digests = [torch.tensor(digest, dtype=torch.uint8, device="cpu") for digest in hashes]
         for name, rows in zip(parts, self.gather(torch.cat(digests)).split(32, dim=1), strict=True):
             others = [str(rank) for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
             if others:

@@ -55,7 +55,7 @@ def evaluate_images(
         ValueError: There is nothing to measure on one side.
         NonFiniteError: Features are NaN or infinite.
     """
-    classes = torch.tensor(list(forget))
+    classes = torch.tensor(list(forget), device="cpu")
     forgotten = torch.isin(labels.cpu(), classes)
     generated, retained_real = FeatureStatistics(), FeatureStatistics()
     predicted = []

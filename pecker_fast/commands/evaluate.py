@@ -122,7 +122,7 @@ def _images(options: argparse.Namespace, task: _Task) -> tuple[Tensor, Tensor]:
             f"{options.model}: expected a model that fits {judge}, {task.classes} classes of {task.shape}, "
             f"got {classes} of {shape}; name a judge for its images with --judge (pecker-fast judge trains one)"
         )
-    labels = torch.arange(classes).repeat_interleave(options.num)
+    labels = torch.arange(classes, device="cpu").repeat_interleave(options.num)
     model = models.load(options.model).to(torch_device(options.device))
     return draw(model, config["generation"], labels, options.seed), labels
 
@@ -132,7 +132,7 @@ def _check_labels(options: argparse.Namespace, labels: Tensor, classes: int) -> 
     subject = options.images or options.model
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise FileFormatError(f"{subject}: expected labels 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
-    forgotten = torch.isin(labels, torch.tensor(options.forget_class))
+    forgotten = torch.isin(labels, torch.tensor(options.forget_class, device="cpu"))
     if not bool(forgotten.any()) or int((~forgotten).sum()) < 2:
         raise ValueError(
             f"--forget_class: expected at least 1 image of these classes and 2 of others in {subject}, "

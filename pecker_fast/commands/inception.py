@@ -34,7 +34,7 @@ def inception_figures(
         FileFormatError: The weights are missing, damaged, or those of another network.
     """
     network = load_inception(file).to(device).eval()
-    classes = torch.tensor(forget)
+    classes = torch.tensor(forget, device="cpu")
     generated = _features(network, images[~torch.isin(labels.cpu(), classes).to(images.device)], "generated", quiet)
     known = _features(network, real.images[~torch.isin(real.labels, classes)], "real", quiet)
     near = precision_recall(real=known, generated=generated)
