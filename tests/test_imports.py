@@ -9,7 +9,7 @@ import pecker_fast
 
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
-    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter"],
+    ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter", "source_tree"],
     ["checkpoint", "blocks", "regions", "settings", "step_metrics", "torch_file", "pickle_machine"],
     ["mask_config", "config_file", "data", "prompt_files"],
     ["config", "distributed", "scatter", "schedule", "manifest", "prompt_protocols"],
