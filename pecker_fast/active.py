@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ class ActiveParameters(FlatStore):
         """
         self.found = found
         self.ema_shard: distributed.Shard | None = None
-        self._agreed: tuple[BlockMask, object] | None = None
+        self._agreed: tuple[object, object] | None = None
         self._required_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._trained: set[str] = set()
         self._all_trained = False
@@ -124,8 +125,8 @@ class ActiveParameters(FlatStore):
             RuntimeError: torch.distributed is not initialised, or the masks differ; on every rank.
         """
         group = distributed.group_or_default(group)
-        self.check_same_mask(group)
         self.bind_()
+        self.check_same_mask(group)
         for _, parameter, grad in self._with_gradient_views():
             if parameter.grad is None:
                 grad.zero_()
@@ -148,9 +149,9 @@ class ActiveParameters(FlatStore):
             RuntimeError: torch.distributed is not initialised, or the masks differ; on every rank.
         """
         group = distributed.group_or_default(group)
-        if self._agreed is None or self._agreed[0] is not self.mask or self._agreed[1] is not group:
+        if self._agreed is None or self._agreed[0] is not self._entries or self._agreed[1] is not group:
             distributed.check_agreement(self.fingerprint(), self.values.device, group)
-            self._agreed = (self.mask, group)
+            self._agreed = (self._entries, group)
 
     def fingerprint(self) -> bytes:
         """32 bytes that differ where the flat buffers are laid out differently: another mask, dtype or memory order."""
@@ -288,8 +289,10 @@ class ActiveParameters(FlatStore):
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses and modules of the model that this is a copy of would outlive it.
-        return self.__dict__ | {"_table": None, "_seal": None, "_owners": {}, "_views": [], "_agreed": None}
+        remade: dict[str, Any] = {"_table": None, "_seal": None, "_owners": {}, "_views": [], "_agreed": None}
+        return self.__dict__ | remade | {"followers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.followers = weakref.WeakSet()  # they register themselves; no file can hold one
         step_hooks.watch(self)

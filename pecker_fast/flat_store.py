@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast import step_hooks
-from pecker_fast.layers import SUFFIX, mask_layer, unmask_layer
+from pecker_fast.layers import SUFFIX, MaskedLayer, mask_layer, unmask_layer
 from pecker_fast.layout import Entry, lay_out
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE
+from pecker_fast.memory_order import as_they_lie, reorder_, reorder_state_
 from pecker_fast.scatter import ScatterTable, Target
 from pecker_fast.seal import Seal, Slot
 
@@ -26,12 +28,14 @@ class FlatStore:
         values: Active weights (numel,).
         grads: Their gradients, same shape.
         ema: Running average of the weights or of a part of them, or None.
+        followers: Optimizers whose state is laid out as the active parameters are.
     """
 
     def __init__(self, model: nn.Module, mask: BlockMask, layers: Sequence[str], adopted: frozenset[str]) -> None:
         """Turn ``layers`` of ``model`` into masked ones; weights that are ``adopted`` train dense."""
         self.model = model
         self.ema: Tensor | None = None
+        self.followers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._adopted = adopted
         model.__dict__[STORE] = self
         self._install(mask, layers)
@@ -145,20 +149,28 @@ class FlatStore:
         """Make every ``p.data`` and ``p.grad`` a view of the flat buffers again, keeping what they hold.
 
         Cheap where nothing was replaced: it compares addresses. ``zero_grad(set_to_none=True)``, ``deepcopy``,
-        ``.to(device)`` and DDP's ``gradient_as_bucket_view`` all replace them.
+        ``.to(device)`` and DDP's ``gradient_as_bucket_view`` all replace them. Where ``.to(memory_format=...)`` put the
+        dense weights into another order, the buffers follow, and with them the state of every optimizer that steps.
         """
         self._check_installed()
+        entries = self._entries
         if self._seal is not None and self._seal.tensors_hold():
             if self._seal.grads_hold():
                 return
         else:
+            entries = as_they_lie(entries, [self._dense(entry) for entry in entries])
             self._bind_values()
         self._bind_grads()
+        if entries is not self._entries:
+            self._lay_out_anew(entries)
         self._seal = Seal(self._slots(), trained=len(self._entries))
 
     def _bind_values(self) -> None:
         self._follow_device()
-        self._table = None
+        self._views, self._table = (
+            [],
+            None,
+        )  # a gradient that was handed out may be elsewhere too: nn.Module moves .data
         for (entry, parameter), (value, _) in zip(self._entries_parameters(), self._all_views(), strict=True):
             if parameter.dtype != self.values.dtype:
                 raise RuntimeError(
@@ -184,6 +196,24 @@ class FlatStore:
             torch._foreach_copy_(views, strays)
         for parameter, view in zip(owners, views, strict=True):
             parameter.grad = view
+
+    def _lay_out_anew(self, entries: tuple[Entry, ...]) -> None:
+        """Put everything into the memory order of ``entries``, the state of known optimizers included."""
+        pairs = zip(self._entries, entries, self.parameters(), strict=True)
+        moved = [(old, new, parameter) for old, new, parameter in pairs if old.channels_last != new.channels_last]
+        for flat in (self.values, self.grads):
+            reorder_(flat, moved)
+        for optimizer in list(self.followers):
+            reorder_state_(optimizer, moved)
+        self._entries, self._views = entries, []
+        for (entry, parameter), (value, grad) in zip(self._entries_parameters(), self._all_views(), strict=True):
+            parameter.data = value
+            parameter.grad = None if parameter.grad is None else grad
+            dense = self._dense(entry)
+            if self._aliases(entry, dense):
+                dense.data = value
+            if not entry.adopted:
+                cast(MaskedLayer, self._module(entry)).channels_last[entry.own] = entry.channels_last
 
     def _slots(self) -> list[Slot]:
         """Where modules hold the active parameters, and then the dense weights."""
@@ -238,11 +268,7 @@ class FlatStore:
         entry = next((entry for entry in self._entries if entry.name == name), None)
         if entry is None:
             raise KeyError(f"{name!r} has no active blocks; weights with some: {', '.join(self.names[:5])}, ...")
-        if entry.mask.is_full:
-            return self._view(flat, entry).clone(memory_format=torch.contiguous_format)
-        dense = flat.new_zeros(entry.mask.grid.numel)
-        dense[entry.mask.index_on(flat.device, entry.channels_last)] = entry.stretch(flat)
-        return dense.view(entry.mask.grid.shape)
+        return entry.to_dense(entry.stretch(flat))
 
     @torch.no_grad()
     def check(self) -> None:

@@ -19,6 +19,7 @@ class Store(Protocol):
     """What the hooks ask of ``ActiveParameters``."""
 
     model: nn.Module
+    followers: weakref.WeakSet[torch.optim.Optimizer]
 
     def parameters(self) -> list[nn.Parameter]:
         """The active parameters."""
@@ -26,6 +27,10 @@ class Store(Protocol):
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """Name, dense weight and active parameter."""
+        ...
+
+    def bind_(self) -> None:
+        """Make every active parameter a view of the flat buffers again."""
         ...
 
     def check_gradients(self) -> None:
@@ -112,6 +117,9 @@ def _before_any_step(
     if not _stores or getattr(optimizer, "scatters_itself", False):
         return None
     stores = _stores_to_serve(optimizer)
+    for store in stores:
+        store.followers.add(optimizer)
+        store.bind_()  # weights, gradients and state in one memory order, which fused steps take for granted
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if stores and callable(closure):
         following = _with_dense_weights_following(closure, stores)

@@ -29,7 +29,7 @@ LAYERS = [
     ],
     ["concept_draws", "layout", "distill_ranks", "distill_losses", "salun_mask"],
     ["concept_evaluation", "distill_masks", "stopping"],
-    ["iteration_flops"],
+    ["iteration_flops", "memory_order"],
     ["flat_store"],
     ["active"],
     ["optim", "apply", "scoring", "delta"],

@@ -107,7 +107,8 @@ def choices_to_save(masks: Iterable[ParameterMask]) -> dict[str, str]:
         Text of a kind of problem -> name of its way, sorted. What was restored and not needed yet is among them.
     """
     kinds = {key[1] for mask in masks for key, _ in remembered(mask.active) if key[0] == "way"}
-    return dict(sorted({**_restored, **{str(kind): _measured[kind].used for kind in kinds & set(_measured)}}.items()))
+    measured = {str(kind): choice.used for kind, choice in _measured.items() if kind in kinds}
+    return dict(sorted({**_restored, **measured}.items()))
 
 
 def restore_choices(saved: Mapping[str, str]) -> None:
