@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from machines import here
+from backends import described, fast_only
+from machines import REHEARSAL, here
 from measure import FACTS, FIGURES, LISTENERS, NOTES, ROWS, Figure, race
 
 
@@ -35,6 +36,20 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * n**3 / race({"matmul": lambda: a @ b})["matmul"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fast_backends() -> Iterator[None]:
+    """No benchmark times the reference by accident; a rehearsal times nothing."""
+    if REHEARSAL:
+        yield
+    else:
+        with fast_only():
+            yield
+
+
+def pytest_report_header() -> list[str]:
+    return described()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # our table closes the run instead
     if folder := config.getoption("--rows"):
@@ -49,6 +64,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     write = terminalreporter.write_line
     if ROWS:
         write_table(write)
+    for line in described():
+        write(line)
     for figure in FIGURES:
         write(describe(figure))
     if (ROWS or FIGURES) and (folder := terminalreporter.config.getoption("--rows")):

@@ -15,6 +15,7 @@ from pathlib import Path
 import text_to_image
 import torch
 from allocator import allocated
+from backends import fast_only
 from machines import here
 from text_to_image import MASKED_LEAN
 
@@ -37,6 +38,7 @@ def run(batch_size: int) -> tuple[MaskedDistiller, float]:
     return distiller, time.perf_counter() - started
 
 
+@fast_only()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)

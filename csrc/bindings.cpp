@@ -10,6 +10,7 @@
 #include "accumulate_saliency.h"
 #include "cpu/isa.h"
 #include "masked_adamw.h"
+#include "probe.h"
 #include "scatter.h"
 #include "shifted_rows.h"
 
@@ -207,6 +208,8 @@ be 0.)";
                    "constants"_a = 0, "stream"_a);
   def_scatter(m, "scatter_cuda", "scatter_cpu in CUDA memory, one launch on a stream of the current device.",
               "stream"_a, checked_scatter_cuda);
+  m.def("cuda_probe", cuda_probe, py::call_guard<py::gil_scoped_release>(),
+        "Why the CUDA runtime cannot run these kernels on the current device; None if it can.");
 #endif
   m.def("build_info", build_info, "What was compiled in and what runs, as a dict.");
   m.def("use_isa", use_isa, "name"_a,

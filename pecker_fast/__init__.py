@@ -8,11 +8,14 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pecker_fast.source_tree import warn_if_it_hides_a_build
+
 __version__ = "0.1.0"
 
 _checkout = Path(__file__).resolve().parents[1]
 if (_checkout / "setup.py").is_file():  # in a source tree the Triton kernels live in ../kernels
     __path__.append(str(_checkout))
+    warn_if_it_hides_a_build(Path(__file__).parent)
 
 from pecker_fast.active import ActiveParameters  # noqa: E402
 from pecker_fast.apply import apply_mask  # noqa: E402

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ from pecker_fast.arrangement import arrange
 from pecker_fast.layers import MaskedConv2d, MaskedLinear
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE, Survey
-from pecker_fast.ops.weight_grad_ways import chosen_ways
+from pecker_fast.ops.weight_grad_ways import choices_to_save, chosen_ways, restore_choices
 from pecker_fast.synced_store import SyncedStore
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class ActiveParameters(SyncedStore):
         """
         self.found = found
         self.ema_shard: distributed.Shard | None = None
-        self._agreed: tuple[BlockMask, object] | None = None
+        self._agreed: tuple[object, object] | None = None
         self._trained: set[str] = set()
         self._warned: set[str] = set()
         self._all_trained = False
@@ -153,8 +154,8 @@ class ActiveParameters(SyncedStore):
             RuntimeError: torch.distributed is not initialised, or the masks differ; on every rank.
         """
         group = distributed.group_or_default(group)
-        self.check_same_mask(group)
         self.bind_()
+        self.check_same_mask(group)
         for _, parameter, grad in self._with_gradient_views():
             if parameter.grad is None:
                 grad.zero_()
@@ -177,9 +178,9 @@ class ActiveParameters(SyncedStore):
             RuntimeError: torch.distributed is not initialised, or the masks differ; on every rank.
         """
         group = distributed.group_or_default(group)
-        if self._agreed is None or self._agreed[0] is not self.mask or self._agreed[1] is not group:
+        if self._agreed is None or self._agreed[0] is not self._entries or self._agreed[1] is not group:
             distributed.check_agreement(self.fingerprint(), self.values.device, group)
-            self._agreed = (self.mask, group)
+            self._agreed = (self._entries, group)
 
     def fingerprint(self) -> bytes:
         """32 bytes that differ where the flat buffers are laid out differently: another mask, dtype or memory order."""
@@ -280,6 +281,24 @@ class ActiveParameters(SyncedStore):
                 found[entry.name] = ", ".join(ways) or "not yet chosen"
         return found
 
+    def measured_ways(self) -> dict[str, str]:
+        """How a GPU computes the gradients of these weights, as far as it was measured: for a checkpoint of your own.
+
+        Measured anew, a resumed run could choose otherwise and get other bits; ``use_measured_ways`` takes it back.
+
+        Returns:
+            Kind of problem, as a text -> name of the way. Empty on a CPU, where nothing is measured.
+        """
+        return choices_to_save(entry.mask for entry in self._entries)
+
+    def use_measured_ways(self, ways: Mapping[str, str]) -> None:
+        """Compute gradients as the run did that ``measured_ways`` was asked in.
+
+        Raises:
+            ValueError: It is not what ``measured_ways`` gives; nothing is changed.
+        """
+        restore_choices(ways)
+
     def summary(self) -> str:
         """What trains and what does not, one line each."""
         trained = {entry.name for entry in self._entries}
@@ -298,8 +317,9 @@ class ActiveParameters(SyncedStore):
     def __getstate__(self) -> dict[str, Any]:
         # Addresses in the model that this is a copy of would outlive it.
         fresh: dict[str, Any] = {"_table": None, "_seal": None, "_views": [], "_parts": {}}
-        return self.__dict__ | fresh | {"_agreed": None, "running": False}
+        return self.__dict__ | fresh | {"_agreed": None, "running": False, "followers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.followers = weakref.WeakSet()  # they register themselves; no file can hold one
         step_hooks.watch(self)

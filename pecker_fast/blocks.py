@@ -158,7 +158,7 @@ class ParameterMask:
     @staticmethod
     def full(grid: BlockGrid) -> ParameterMask:
         """Every block active."""
-        return ParameterMask(grid, torch.arange(grid.num_blocks))
+        return ParameterMask(grid, torch.arange(grid.num_blocks, device="cpu"))
 
     @staticmethod
     def of_flags(grid: BlockGrid, flags: Tensor) -> ParameterMask:
@@ -188,7 +188,7 @@ class ParameterMask:
 
     def flags(self) -> Tensor:
         """One boolean a block: (num_blocks,)."""
-        flags = torch.zeros(self.grid.num_blocks, dtype=torch.bool)
+        flags = torch.zeros(self.grid.num_blocks, dtype=torch.bool, device="cpu")
         flags[self.active] = True
         return flags
 
@@ -231,9 +231,9 @@ class ParameterMask:
         (block_out, block_in), columns = self.grid.block, self.grid.size[1]
         if block_out == block_in == taps == 1:
             return self.active
-        o = torch.arange(block_out).view(-1, 1, 1)
-        i = torch.arange(block_in).view(1, -1, 1)
-        t = torch.arange(taps).view(1, 1, -1)
+        o = torch.arange(block_out, device="cpu").view(-1, 1, 1)
+        i = torch.arange(block_in, device="cpu").view(1, -1, 1)
+        t = torch.arange(taps, device="cpu").view(1, 1, -1)
         if channels_last:
             i, t = i.view(1, 1, -1), t.view(1, -1, 1)
         rows = (self.active // columns * block_out).view(-1, 1, 1, 1) + o
@@ -244,7 +244,7 @@ class ParameterMask:
 
     def to_dense(self) -> Tensor:
         """The mask as booleans of the weight's shape."""
-        dense = torch.zeros(self.grid.numel, dtype=torch.bool)
+        dense = torch.zeros(self.grid.numel, dtype=torch.bool, device="cpu")
         dense[self.index()] = True
         return dense.view(self.grid.shape)
 
@@ -297,5 +297,5 @@ def check_block(block: object) -> None:
 
 def _extents(length: int, block: int) -> Tensor:
     """Length of each piece of ``length`` cut every ``block``: the last may be shorter."""
-    starts = torch.arange(0, length, block)
+    starts = torch.arange(0, length, block, device="cpu")
     return torch.clamp(length - starts, max=block)

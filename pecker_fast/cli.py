@@ -174,10 +174,6 @@ def _lines(values: Mapping[str, Any], shown: Mapping[str, str], indent: str = ""
     return lines
 
 
-def _warn(options: argparse.Namespace, message: str) -> None:
-    print(f"pecker-fast {options.command}: warning: {' '.join(message.split())}", file=sys.stderr)
-
-
 def _fail(options: argparse.Namespace, error: object, code: int) -> int:
     message = str(error) if code == UNEXPECTED else " ".join(str(error).split())  # a traceback keeps its lines
     print(f"pecker-fast {options.command}: error: {message}", file=sys.stderr)

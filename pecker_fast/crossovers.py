@@ -81,7 +81,8 @@ def measure_crossovers(
 def _problem(layer: Layer, block: Block, density: float, device: torch.device) -> Problem:
     grid = BlockGrid.of(layer.shape, block)
     count = max(round(density * grid.num_blocks), 1)
-    active = torch.randperm(grid.num_blocks, generator=torch.Generator().manual_seed(0))[:count].sort().values
+    order = torch.randperm(grid.num_blocks, generator=torch.Generator().manual_seed(0), device="cpu")
+    active = order[:count].sort().values
     out, in_ = layer.shape[:2]
     padding = 1 if layer.shape[2:] == (3, 3) else 0
     return problem(

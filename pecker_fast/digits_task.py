@@ -157,7 +157,7 @@ class Evaluator:
 
     def images(self, distiller: MaskedDistiller) -> tuple[Tensor, Tensor]:
         """``samples`` images of every digit, and their labels."""
-        labels = torch.arange(NUM_CLASSES).repeat_interleave(self.samples)
+        labels = torch.arange(NUM_CLASSES, device="cpu").repeat_interleave(self.samples)
         return distiller.sample(labels, seed=1234), labels
 
     def __call__(self, distiller: MaskedDistiller) -> dict[str, Any]:

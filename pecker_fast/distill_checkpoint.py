@@ -2,12 +2,14 @@
 
 ``checkpoint-{step}/`` holds ``state.safetensors`` (of both networks the active weights, buffers, optimizer state and
 running average; random states), a mask of each network, ``state.json`` (step, settings, fingerprints of what is not
-saved) and ``manifest.json`` (size and SHA-256 of each file). Weights outside the masks are those of the true score, or
-of the generator that was given, and are not saved again: their fingerprint is compared.
+saved, and how each rank's GPU computes weight gradients, which is measured) and ``manifest.json`` (size and SHA-256 of
+each file). Weights outside the masks are those of the true score, or of the generator that was given, and are not
+saved again: their fingerprint is compared.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from pecker_fast.distill_parts import (
     Distiller,
     base_of,
     layout_of,
+    measured_ways,
     network_of,
     optimizer_of,
     own_base,
@@ -43,6 +46,7 @@ from pecker_fast.manifest import NAME as MANIFEST
 from pecker_fast.manifest import check_manifest, write_manifest
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import survey
+from pecker_fast.ops.weight_grad_ways import check_choices, restore_choices
 from pecker_fast.optim import MaskedAdamW
 
 KIND, VERSION = "pecker_fast.distill_checkpoint", 1
@@ -74,16 +78,17 @@ def save(distiller: Distiller, root: StrPath, *, total_limit: int | None, extra:
     if total_limit is not None and total_limit < 1:
         raise ValueError(f"total_limit: expected a positive number of checkpoints to keep, got {total_limit}")
     tensors = {name: distiller.ranks.gather(state) for name, state in random_states(distiller).items()}
+    ways = [json.loads(own) for own in distiller.ranks.gather_texts(json.dumps(measured_ways(distiller)))]
     folder = checkpoint_folders.folder_of(root, distiller.steps_done)
     with distiller.ranks.first_writes() as mine:
         if mine:
-            _write(distiller, folder, tensors, dict(extra or {}))
+            _write(distiller, folder, tensors, {"ways": ways, "extra": dict(extra or {})})
             if total_limit is not None:
                 checkpoint_folders.remove_oldest(root, KIND, folder, total_limit)
     return folder
 
 
-def _write(distiller: Distiller, folder: Path, tensors: dict[str, Tensor], extra: dict[str, Any]) -> None:
+def _write(distiller: Distiller, folder: Path, tensors: dict[str, Tensor], more: dict[str, Any]) -> None:
     record: dict[str, Any] = {"step": distiller.steps_done, **settings_of(distiller), "base": own_base(distiller)}
     for name in NETWORKS:
         flat, numbers = _state(network_of(distiller, name), optimizer_of(distiller, name))
@@ -93,7 +98,7 @@ def _write(distiller: Distiller, folder: Path, tensors: dict[str, Tensor], extra
         write_safetensors(unfinished / _TENSORS, tensors)
         for name in NETWORKS:
             optimizer_of(distiller, name).active.mask.save(unfinished / _MASK.format(name))
-        write_json(unfinished / _RECORD, record | {"extra": extra})
+        write_json(unfinished / _RECORD, record | more)
         write_manifest(unfinished, KIND, VERSION)
 
 
@@ -127,7 +132,9 @@ def load(distiller: Distiller, checkpoint: StrPath, root: StrPath | None) -> Che
         states = _random_states(distiller, tensors, folder)
         numbers = {name: dict(record[name]["optimizer"]) for name in NETWORKS}
         step, extra = int(record["step"]), dict(record["extra"])
-    except (KeyError, TypeError) as error:
+        ways = record["ways"][distiller.ranks.rank] if "ways" in record else {}  # none in older ones
+        check_choices(ways, f"{folder}: ways")
+    except (KeyError, IndexError, TypeError) as error:
         raise FileFormatError(f"{folder}: incomplete: {error!r}; use another checkpoint") from error
     distiller.ranks.check_same({"checkpoint": (folder / MANIFEST).read_bytes()})
     if distiller.mask is None:
@@ -135,6 +142,7 @@ def load(distiller: Distiller, checkpoint: StrPath, root: StrPath | None) -> Che
     for name in NETWORKS:
         _restore(network_of(distiller, name), optimizer_of(distiller, name), numbers[name], parts[name])
     restore_random_states(distiller, states)
+    restore_choices(ways)
     distiller.steps_done = step
     return Checkpoint(folder, step, extra)
 

@@ -227,7 +227,7 @@ def _frozen_norms(network: nn.Module, config: MaskConfig) -> list[BlockMask]:
     if config.norms:
         return []
     modules = {name: module for name, module in network.named_modules() if isinstance(module, NORMS)}
-    every, nothing = BlockMask.dense(network), torch.zeros(0, dtype=torch.int64)
+    every, nothing = BlockMask.dense(network), torch.zeros(0, dtype=torch.int64, device="cpu")
     parameters = {
         name: parameter if name.rpartition(".")[0] in modules else ParameterMask(parameter.grid, nothing)
         for name, parameter in every.parameters.items()

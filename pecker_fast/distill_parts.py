@@ -143,3 +143,12 @@ def restore_random_states(distiller: Distiller, states: dict[str, Tensor]) -> No
     torch.set_rng_state(states["random.cpu"])
     if distiller.device.type == "cuda":
         torch.cuda.set_rng_state(states["random.cuda"], distiller.device)
+
+
+# -- what was measured -----------------------------------------------------------------------------
+
+
+def measured_ways(distiller: Distiller) -> dict[str, str]:
+    """How this rank computes weight gradients on a GPU: measured anew, it could do so otherwise, with other bits."""
+    generator, fake_score = (optimizer_of(distiller, name).active.measured_ways() for name in NETWORKS)
+    return {**generator, **fake_score}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from pecker_fast.distributed import gather_rows, group_or_default
@@ -50,6 +51,13 @@ class Ranks:
             return tensor.cpu()[None]
         return gather_rows(tensor.to(self.device), self.group).cpu()
 
+    def gather_texts(self, text: str) -> list[str]:
+        """Every rank's text, in the order of ranks; every rank must call it."""
+        message = torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+        lengths = self.gather(torch.tensor([len(message)], device="cpu")).flatten().tolist()
+        rows = self.gather(F.pad(message, (0, max(lengths) - len(message))))
+        return [row[:length].numpy().tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
     def check_same(self, parts: Mapping[str, bytes]) -> None:
         """Compare what all ranks must have the same; every rank must call it, and every rank raises.
 
@@ -61,7 +69,8 @@ class Ranks:
         """
         if self.group is None:
             return
-        digests = [torch.tensor(list(hashlib.sha256(part).digest()), dtype=torch.uint8) for part in parts.values()]
+        hashes = [list(hashlib.sha256(part).digest()) for part in parts.values()]
+        digests = [torch.tensor(digest, dtype=torch.uint8, device="cpu") for digest in hashes]
         for name, rows in zip(parts, self.gather(torch.cat(digests)).split(32, dim=1), strict=True):
             others = [str(rank) for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
             if others:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from pecker_fast import distill_parts
 from pecker_fast.apply import check_shared_weights
 from pecker_fast.mask import BlockMask
+from pecker_fast.ops.weight_grad_ways import restore_choices
 
 
 class Distiller(distill_parts.Distiller, Protocol):
@@ -32,6 +33,7 @@ def state_of(distiller: Distiller) -> dict[str, Any]:
         "generator_optimizer": distiller.generator_optimizer.state_dict(),
         "fake_score_optimizer": distiller.fake_score_optimizer.state_dict(),
         "rng": distiller.draws.rng.get_state(),
+        "ways": distill_parts.measured_ways(distiller),
     }
 
 
@@ -47,6 +49,7 @@ def load_state(distiller: Distiller, state: Mapping[str, Any]) -> None:
     if distiller.config.share_frozen_weights:
         check_shared_weights(distiller.generator, mask, state["generator"])
         check_shared_weights(distiller.fake_score, fake_score_mask, state["fake_score"])
+    restore_choices(state.get("ways", {}))  # none in older states
     distiller.generator.load_state_dict(state["generator"])
     distiller.fake_score.load_state_dict(state["fake_score"])
     distiller.generator_optimizer.load_state_dict(state["generator_optimizer"])

@@ -162,6 +162,7 @@ def _table(config: DistillConfig, substitutes: tuple[int, ...] | None, device: t
     """Class -> what takes its place, (num_classes,): one for each forgotten one, or one for all; None is none."""
     if substitutes is None or not config.forget:
         return None
-    table = torch.arange(config.num_classes)
-    table[list(config.forget)] = torch.tensor(substitutes if len(substitutes) > 1 else substitutes * len(config.forget))
+    table = torch.arange(config.num_classes, device="cpu")
+    each = substitutes if len(substitutes) > 1 else substitutes * len(config.forget)
+    table[list(config.forget)] = torch.tensor(each, device="cpu")
     return table.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from pecker_fast import step_hooks
 from pecker_fast.arrangement import Arrangement, arrange, dense_parameters, same_place, view_of
-from pecker_fast.layers import SUFFIX, mask_layer, unmask_layer
+from pecker_fast.layers import SUFFIX, MaskedLayer, mask_layer, unmask_layer
 from pecker_fast.layout import Entry
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE
+from pecker_fast.memory_order import as_they_lie, reorder_, reorder_state_
 from pecker_fast.scatter import ScatterTable, Target
 from pecker_fast.seal import Seal, Slot
 
@@ -28,6 +30,7 @@ class FlatStore:
         values: Active weights (numel,).
         grads: Their gradients, same shape.
         ema: Running average of the weights or of a part of them, or None.
+        followers: Optimizers whose state is laid out as the active parameters are.
     """
 
     mask: BlockMask
@@ -39,6 +42,7 @@ class FlatStore:
         self.model = model
         self.modules = dict(model.named_modules())
         self.ema: Tensor | None = None
+        self.followers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._adopted = adopted
         self._layers: list[nn.Module] = []
         self._required_grad = {name: p.requires_grad for name, p in dense_parameters(self.modules).items()}
@@ -150,19 +154,24 @@ class FlatStore:
         """Make every ``p.data`` and ``p.grad`` a view of the flat buffers again, keeping what they hold.
 
         Cheap where nothing was replaced: it compares addresses. ``zero_grad(set_to_none=True)``, ``deepcopy``,
-        ``.to(device)`` and DDP's ``gradient_as_bucket_view`` all replace them.
+        ``.to(device)`` and DDP's ``gradient_as_bucket_view`` all replace them. Where ``.to(memory_format=...)`` put the
+        dense weights into another order, the buffers follow, and with them the state of every optimizer that steps.
 
         Raises:
             RuntimeError: The mask was removed, or a module has lost one of its weights.
         """
         self._check_installed()
+        entries = self._entries
         if self._seal is not None and self._seal.tensors_hold():
             if self._seal.grads_hold():
                 return
         else:
             self._check_held()
+            entries = as_they_lie(entries, [self._dense(entry) for entry in entries])
             self._bind_values()
         self._bind_grads()
+        if entries is not self._entries:
+            self._lay_out_anew(entries)
         self._seal = Seal(self._slots(), trained=len(self._entries))
 
     def _check_held(self) -> None:
@@ -176,7 +185,8 @@ class FlatStore:
 
     def _bind_values(self) -> None:
         self._follow_device()
-        self._table = None
+        # A gradient that was handed out may be elsewhere too: nn.Module moves .data.
+        self._views, self._table = [], None
         for entry, parameter, (value, _) in zip(self._entries, self._active, self._all_views(), strict=True):
             held = self._held(entry)
             if not entry.adopted and (found := held.get(entry.own + SUFFIX)) is not parameter:
@@ -205,6 +215,21 @@ class FlatStore:
         for parameter, view in zip(owners, views, strict=True):
             parameter.grad = view
 
+    def _lay_out_anew(self, entries: tuple[Entry, ...]) -> None:
+        """Put everything into the memory order of ``entries``, the state of known optimizers included."""
+        pairs = zip(self._entries, entries, self.parameters(), strict=True)
+        moved = [(old, new, parameter) for old, new, parameter in pairs if old.channels_last != new.channels_last]
+        for flat in (self.values, self.grads):
+            reorder_(flat, moved)
+        for optimizer in list(self.followers):
+            reorder_state_(optimizer, moved)
+        self._entries, self._views = entries, []
+        for (entry, parameter), (value, grad) in zip(self._entries_parameters(), self._all_views(), strict=True):
+            parameter.data = value
+            parameter.grad = None if parameter.grad is None else grad
+            if not entry.adopted:
+                cast(MaskedLayer, self.modules[entry.module]).channels_last[entry.own] = entry.channels_last
+
     def _slots(self) -> list[Slot]:
         """Where modules hold the active parameters, and then the dense weights."""
         held = [self._held(entry) for entry in self._entries]
@@ -222,11 +247,14 @@ class FlatStore:
         """Where the buffer goes in the dense weights, as ``bind_()`` last found them."""
         self.bind_()
         if self._table is None:
-            pairs = [(entry, self._dense(entry), p) for entry, p in zip(self._entries, self._active, strict=True)]
-            self._split = [(entry, p) for entry, dense, p in pairs if dense is not p and entry.mask.is_full]
-            targets = [Target(e.mask, None if dense is p else dense.detach(), e.channels_last) for e, dense, p in pairs]
-            self._table = ScatterTable(targets, self.values.device)
+            self._table = self._make_table()
         return self._table
+
+    def _make_table(self) -> ScatterTable:
+        pairs = [(entry, self._dense(entry), p) for entry, p in zip(self._entries, self._active, strict=True)]
+        self._split = [(entry, p) for entry, dense, p in pairs if dense is not p and entry.mask.is_full]
+        targets = [Target(e.mask, None if dense is p else dense.detach(), e.channels_last) for e, dense, p in pairs]
+        return ScatterTable(targets, self.values.device)
 
     def bump_versions(self) -> None:
         """Tell autograd that dense weights changed, so that a stale backward raises instead of mixing two states."""
@@ -243,8 +271,4 @@ class FlatStore:
         entry = next((entry for entry in self._entries if entry.name == name), None)
         if entry is None:
             raise KeyError(f"{name!r} has no active blocks; weights with some: {', '.join(self.names[:5])}, ...")
-        if entry.mask.is_full:
-            return entry.view(flat).clone(memory_format=torch.contiguous_format)
-        dense = flat.new_zeros(entry.mask.grid.numel)
-        dense[entry.mask.index_on(flat.device, entry.channels_last)] = entry.stretch(flat)
-        return dense.view(entry.mask.grid.shape)
+        return entry.to_dense(entry.stretch(flat))

@@ -330,7 +330,13 @@ def _masked_gradient_pays(mask: ParameterMask, device: torch.device) -> bool:
 def _autocast(*tensors: Tensor | None) -> tuple[Any, list[Tensor | None]]:
     """Under autocast: the tensors as it would cast them, and a context in which it leaves them alone."""
     kind = cast(Tensor, tensors[0]).device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return nullcontext(), list(tensors)
     dtype = torch.get_autocast_dtype(kind)
-    return torch.autocast(kind, enabled=False), [None if t is None else t.to(dtype) for t in tensors]
+    cast_ones = [t.to(dtype) if t is not None and _is_cast(t, kind) else t for t in tensors]
+    return torch.autocast(kind, enabled=False), cast_ones
+
+
+def _is_cast(tensor: Tensor, kind: str) -> bool:
+    """Whether autocast for ``kind`` of device narrows a tensor: never float64, integers, or another device's."""
+    return tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == kind

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pecker_fast.blocks import BlockGrid, ParameterMask
@@ -54,6 +55,18 @@ class Entry:
         """The other way: a tensor of the active parameter's shape in the order of the stretch, (numel,)."""
         permuted = self.channels_last and parameter.dim() == 4
         return (parameter.permute(0, 2, 3, 1) if permuted else parameter).reshape(-1)
+
+    def to_dense(self, stretch: Tensor, fill: float = 0.0) -> Tensor:
+        """A stretch as a new tensor of the weight's shape, in C order, with ``fill`` where nothing is active."""
+        if self.mask.is_full:
+            return self.shaped(stretch).clone(memory_format=torch.contiguous_format)
+        dense = stretch.new_full((self.mask.grid.numel,), fill)
+        dense[self.mask.index_on(stretch.device, self.channels_last)] = stretch
+        return dense.view(self.mask.grid.shape)
+
+    def of_dense(self, dense: Tensor) -> Tensor:
+        """The other way: the active part of a tensor of the weight's shape in the order of the stretch, (numel,)."""
+        return self.flattened(self.mask.gather(dense, self.channels_last))
 
 
 def lay_out(parameters: Mapping[str, nn.Parameter], mask: BlockMask, adopted: Collection[str]) -> tuple[Entry, ...]:

@@ -157,7 +157,7 @@ class BlockMask:
         """
         found = survey(model)
         inside = in_region(found.maskable, region)
-        grids, nothing = found.grids("row"), torch.zeros(0, dtype=torch.int64)
+        grids, nothing = found.grids("row"), torch.zeros(0, dtype=torch.int64, device="cpu")
         parameters = {n: ParameterMask.full(g) if n in inside else ParameterMask(g, nothing) for n, g in grids.items()}
         density = sum(parameter.numel for parameter in parameters.values()) / found.total
         return cls(parameters, found.total, 1.0 if region == "all" else density, 1.0 if region == "all" else None)

@@ -44,7 +44,7 @@ def random_within_layers(parameters: Mapping[str, ParameterMask], terms: Terms, 
     rng = torch.Generator().manual_seed(seed)
     chosen = {}
     for name, parameter in parameters.items():
-        order = torch.randperm(parameter.grid.num_blocks, generator=rng)
+        order = torch.randperm(parameter.grid.num_blocks, generator=rng, device="cpu")
         allowed = order[~terms.barred(name)[order]]
         chosen[name] = ParameterMask(parameter.grid, allowed[: len(parameter.active)].sort().values)
     return chosen

@@ -21,6 +21,11 @@ _TOO_OLD = (
     "pecker_fast with CUDAARCHS set to this GPU's; older ones than 8.0 (Ampere) are not tested."
 )
 
+_DOES_NOT_RUN = (
+    "pecker_fast's native CUDA kernels do not run here: {cause}. Update this GPU's driver, or reinstall pecker_fast "
+    "with an nvcc that is no newer than the driver; until then Triton's kernels or the reference are used."
+)
+
 
 def load() -> ModuleType:
     """Returns `pecker_fast._C`.
@@ -58,7 +63,10 @@ def why_not_cuda() -> str | None:
 
     if not torch.cuda.is_available():
         return None
-    return too_old(torch.cuda.get_device_capability(), info["cuda_architectures"])
+    if reason := too_old(torch.cuda.get_device_capability(), info["cuda_architectures"]):
+        return reason
+    cause = found.cuda_probe()
+    return None if cause is None else _DOES_NOT_RUN.format(cause=cause)
 
 
 def too_old(capability: tuple[int, int], architectures: str) -> str | None:

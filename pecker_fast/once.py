@@ -43,11 +43,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def known(active: Tensor, key: tuple[Hashable, ...]) -> bool:
-    """Whether ``once`` has a value for ``key`` of these blocks."""
-    return key in _values.get(active, {})
-
-
 def remembered(active: Tensor) -> list[tuple[tuple[Hashable, ...], Any]]:
     """All keys and values of these blocks."""
     return list(_values.get(active, {}).items())

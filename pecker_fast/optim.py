@@ -105,6 +105,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             "capturable": capturable,
         }
         super().__init__(active.parameters(), defaults)
+        active.followers.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: there is one group, the whole store.
@@ -128,6 +129,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("capturable", False)  # saved before there was the setting
+        self.active.followers.add(self)
 
     @torch._disable_dynamo  # type: ignore[attr-defined] # as torch.optim does it: torch.compiler.disable would import the compiler right away
     @torch.no_grad()
@@ -282,6 +284,21 @@ class MaskedAdamW(torch.optim.Optimizer):
             self.state[group["params"][0]] = state
             self._state()
 
+    def reorder_state_(self, reorder_: Callable[[Tensor], None]) -> None:
+        """After a change of memory order: put the state into it, in place.
+
+        With state in shards every rank must call it.
+
+        Args:
+            reorder_: Does so with a flat buffer of the whole store.
+        """
+        for name, buffer in self.state.get(self.param_groups[0]["params"][0], {}).items():
+            if isinstance(buffer, Tensor) and name != "step":
+                whole = buffer if self.shard is None else self.shard.gather(buffer)
+                reorder_(whole)
+                if self.shard is not None:
+                    buffer.copy_(self.shard.part_of(whole))
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under "mask" a fingerprint of how the flat state is laid out."""
         return super().state_dict() | {MASK: self.active.fingerprint().hex()}
@@ -292,6 +309,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: It belongs to another mask, or to another shard; nothing is changed.
         """
+        self.active.bind_()  # the fingerprint is that of the weights as they lie now
         numel = self.active.numel if self.shard is None else self.shard.part_numel
         for saved in state_dict["state"].values():
             check_shard(saved, self.shard)

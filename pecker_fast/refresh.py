@@ -47,6 +47,7 @@ def change_mask(active: ActiveParameters, mask: BlockMask, *optimizers: torch.op
         RuntimeError: A dense weight was changed behind the store's back. Nothing is changed in either case.
     """
     check_mask(active.model, mask, active.found, [entry.name for entry in active.entries if entry.adopted])
+    active.bind_()
     before = _trained(active)
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     missed = [name for name, (_, parameter) in before.items() if id(parameter) not in held]
@@ -167,9 +168,7 @@ def _carry(old: Entry, stretch: Tensor, new: Entry, fill: float) -> Tensor:
     """State of the weights of ``new``: what ``stretch`` has for those that were active, ``fill`` for the others."""
     if old.mask == new.mask and old.channels_last == new.channels_last:
         return stretch.clone()
-    dense = stretch.new_full((old.mask.grid.numel,), fill)
-    dense[old.mask.index(old.channels_last).to(stretch.device)] = stretch
-    return dense[new.mask.index(new.channels_last).to(stretch.device)]
+    return new.of_dense(old.to_dense(stretch, fill))
 
 
 def _carried_flat(name: str, flat: Tensor, active: ActiveParameters, before: Trained, after: Trained) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pecker_fast import native
 from pecker_fast.blocks import ParameterMask
+from pecker_fast.once import to_device
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 """How csrc/scatter.h numbers the dtypes of dense weights."""
@@ -37,7 +38,7 @@ class Target:
         logical = self.mask.index(self.channels_last)
         if self.dense is None or self.dense.is_contiguous():
             return logical
-        positions = torch.arange(self.dense.numel()).as_strided(self.dense.shape, self.dense.stride())
+        positions = torch.arange(self.dense.numel(), device="cpu").as_strided(self.dense.shape, self.dense.stride())
         return positions.reshape(-1)[logical]
 
 
@@ -68,25 +69,26 @@ class ScatterTable:
         self.numel = sum(target.mask.numel for target in self.targets)
         runs = [_runs(target) for target in self.targets]
         lengths = [len(offsets) for offsets, _ in runs]
-        begins = torch.tensor([0, *(target.mask.numel for target in self.targets)]).cumsum(0)
+        begins = torch.tensor([0, *(target.mask.numel for target in self.targets)], device="cpu").cumsum(0)
         flat = [starts + begin for (_, starts), begin in zip(runs, begins.tolist(), strict=False)]
         dense = [target.dense for target in self.targets]
         for d in dense:
             if d is not None and not _same_device(d.device, device):
                 raise ValueError(f"ScatterTable: dense weights must be on the buffer's {device}, got one on {d.device}")
 
-        self.dense_pointers = torch.tensor([0 if d is None else d.data_ptr() for d in dense], device=device)
-        self.dense_dtypes = torch.tensor(
-            [0 if d is None else DTYPE_CODES[d.dtype] for d in dense], dtype=torch.int32, device=device
-        )
-        owners = torch.arange(len(runs), dtype=torch.int32)
-        self.run_parameter = owners.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device)
-        self.run_dense_offset = torch.cat([offsets for offsets, _ in runs] or [torch.zeros(0).long()]).to(device)
-        run_flat_offset = torch.cat([*flat, torch.tensor([self.numel])])
-        self.run_flat_offset = run_flat_offset.to(device)
+        def there(values: Tensor | list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+            return to_device(torch.as_tensor(values, dtype=dtype, device="cpu"), device)
+
+        self.dense_pointers = there([0 if d is None else d.data_ptr() for d in dense])
+        self.dense_dtypes = there([0 if d is None else DTYPE_CODES[d.dtype] for d in dense], torch.int32)
+        owners = torch.arange(len(runs), dtype=torch.int32, device="cpu")
+        self.run_parameter = there(owners.repeat_interleave(torch.tensor(lengths, device="cpu").long()), torch.int32)
+        self.run_dense_offset = there(torch.cat([begins.new_empty(0), *(offsets for offsets, _ in runs)]))
+        run_flat_offset = torch.cat([*flat, torch.tensor([self.numel], device="cpu")])
+        self.run_flat_offset = there(run_flat_offset)
         # The run of the first element of every tile, and at last of the last element: int64 (ceil(numel / TILE) + 1,).
-        ends = torch.tensor([*range(0, self.numel, TILE), max(self.numel - 1, 0)])
-        self.tile_run = (torch.searchsorted(run_flat_offset, ends, right=True) - 1).to(device)
+        ends = torch.tensor([*range(0, self.numel, TILE), max(self.numel - 1, 0)], device="cpu")
+        self.tile_run = there(torch.searchsorted(run_flat_offset, ends, right=True) - 1)
         self.dtypes = sum(1 << code for code in {DTYPE_CODES[d.dtype] for d in dense if d is not None})
         self.device = self.tile_run.device
         self._index: dict[int, Tensor] = {}
@@ -156,7 +158,7 @@ class ScatterTable:
     def _index_of(self, number: int) -> Tensor:
         """Where the active weights of a dense tensor lie in its memory, made when plain torch first needs it."""
         if number not in self._index:
-            self._index[number] = self.targets[number].memory_index().to(self.device)
+            self._index[number] = to_device(self.targets[number].memory_index(), self.device)
         return self._index[number]
 
     @staticmethod
@@ -181,10 +183,10 @@ def _same_device(one: torch.device, other: torch.device) -> bool:
 def _runs(target: Target) -> tuple[Tensor, Tensor]:
     """Where each run of neighbours begins: in the dense weight's memory, and in the stretch. Both int64 (runs,)."""
     if target.dense is None or target.mask.numel == 0:
-        begin = torch.zeros(min(target.mask.numel, 1), dtype=torch.int64)
+        begin = torch.zeros(min(target.mask.numel, 1), dtype=torch.int64, device="cpu")
         return begin, begin
     index = target.memory_index()
-    breaks = torch.ones(len(index), dtype=torch.bool)
+    breaks = torch.ones(len(index), dtype=torch.bool, device="cpu")
     breaks[1:] = index[1:] != index[:-1] + 1
     starts = breaks.nonzero().flatten()
     return index[starts], starts

@@ -59,7 +59,7 @@ class NoiseSchedule:
     ) -> "NoiseSchedule":
         """Betas on a straight line: the DDPM schedule."""
         _check_betas(num_train_timesteps, beta_start, beta_end)
-        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
+        betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64, device="cpu")
         return cls((1 - betas).cumprod(0), _recipe("linear", num_train_timesteps, beta_start, beta_end))
 
     @classmethod
@@ -68,7 +68,7 @@ class NoiseSchedule:
     ) -> "NoiseSchedule":
         """Square roots of the betas on a straight line: the schedule of Stable Diffusion."""
         _check_betas(num_train_timesteps, beta_start, beta_end)
-        roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64)
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64, device="cpu")
         recipe = _recipe("scaled_linear", num_train_timesteps, beta_start, beta_end)
         return cls((1 - roots**2).cumprod(0), recipe)
 
@@ -177,7 +177,7 @@ class NoiseSchedule:
             if kind == "scaled_linear":
                 return cls.scaled_linear(**arguments)
             if kind == "table":
-                return cls(torch.tensor(arguments["alphas_cumprod"], dtype=torch.float64))
+                return cls(torch.tensor(arguments["alphas_cumprod"], dtype=torch.float64, device="cpu"))
         except (TypeError, KeyError) as error:
             raise ValueError(f"schedule of kind {kind!r} has missing or foreign values: {error}") from error
         raise ValueError(f"unknown schedule kind {kind!r}; expected 'linear', 'scaled_linear' or 'table'")

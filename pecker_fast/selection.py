@@ -54,7 +54,7 @@ def select_ranked(
     order = torch.cat([terms.worth(name, means[name]) for name in grids]).argsort(descending=True, stable=True)
     barred = torch.cat([terms.barred(name) for name in grids])
     order = order[~barred[order]]
-    chosen = torch.zeros(len(prices), dtype=torch.bool)
+    chosen = torch.zeros(len(prices), dtype=torch.bool, device="cpu")
     first, left = order[:1], budget
     while len(order) and int(prices[order].min()) <= left:
         fits = prices[order].cumsum(0) <= left
@@ -74,7 +74,7 @@ def select_ranked(
 def select_random(terms: Terms, density: float, seed: int) -> dict[str, ParameterMask]:
     """Blocks of the whole network in random order, as many as fit within the budget, at least one."""
     blocks = [grid.num_blocks for grid in terms.grids.values()]
-    order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(seed), device="cpu")
     ranks = dict(zip(terms.grids, order.split(blocks), strict=True))
     return select_ranked(ranks, terms.grids, terms.may_spend(density), terms, fill=True)
 
@@ -90,7 +90,9 @@ def _select_elements(
             values[name] = values[name].masked_fill(barred.view(values[name].shape).to(device), -torch.inf)
     allowed = sum(int((~terms.barred(name)).sum()) for name in grids)
     if not allowed:
-        return {name: ParameterMask(grid, torch.zeros(0, dtype=torch.int64)) for name, grid in grids.items()}
+        return {
+            name: ParameterMask(grid, torch.zeros(0, dtype=torch.int64, device="cpu")) for name, grid in grids.items()
+        }
     k = min(budget, allowed)
     threshold, ties = select_threshold(list(values.values()), k)
     index, offsets = compact_active(list(values.values()), threshold, ties, k)

@@ -19,9 +19,14 @@ class Store(Protocol):
     """What the hooks ask of ``ActiveParameters``."""
 
     model: nn.Module
+    followers: weakref.WeakSet[torch.optim.Optimizer]
 
     def pairs(self) -> Iterator[tuple[str, nn.Parameter | None, nn.Parameter]]:
         """Name, dense weight and active parameter."""
+        ...
+
+    def bind_(self) -> None:
+        """Make every active parameter a view of the flat buffers again."""
         ...
 
     def adopt_(self) -> None:
@@ -113,6 +118,8 @@ def _before_any_step(
         return None
     stores = _stores_to_serve(optimizer)
     for store in stores:
+        store.followers.add(optimizer)
+        store.bind_()  # weights, gradients and state in one memory order, which fused steps take for granted
         store.adopt_()
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if stores and callable(closure):

@@ -110,7 +110,7 @@ class StopCheck:
         sides = self._sides(distiller.config)
         rng = torch.Generator(distiller.device).manual_seed(fresh_seed("stop", self.seed, self.checks, ranks.rank))
         share = -(-self.samples // ranks.world_size)
-        hits = torch.tensor([self._hits(distiller, classes, share, rng) for classes in sides])
+        hits = torch.tensor([self._hits(distiller, classes, share, rng) for classes in sides], device="cpu")
         hits = ranks.gather(hits.to(distiller.device)).sum(0)
         count = share * ranks.world_size
         counts = {"ua": (int(hits[:-1].min()), count), "retain": (int(hits[-1]), count)}

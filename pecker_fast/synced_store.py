@@ -13,6 +13,7 @@ from pecker_fast.arrangement import Arrangement, same_place
 from pecker_fast.compiled_calls import sync_before_compiled_calls
 from pecker_fast.flat_store import FlatStore
 from pecker_fast.layers import MaskedLayer
+from pecker_fast.layout import Entry
 from pecker_fast.mask import BlockMask
 from pecker_fast.maskable import STORE
 from pecker_fast.reconcile import dense_checksums, reconcile_
@@ -66,6 +67,12 @@ class SyncedStore(FlatStore):
         self._point_layers_here()  # those of a copy know no store
         self._sums = self._sums.to(self.values.device)
 
+    def _lay_out_anew(self, entries: tuple[Entry, ...]) -> None:
+        """Checksums count positions: what was written is settled in the old order, and remembered in the new one."""
+        self._settle(self._make_table(), follow=True)
+        super()._lay_out_anew(entries)
+        self._sums = dense_checksums(self._make_table(), self.values.dtype)
+
     # -- both ways ---------------------------------------------------------------------------------
 
     def sync_(self) -> None:
@@ -107,14 +114,18 @@ class SyncedStore(FlatStore):
             table = self.scatter_table()
             if table.is_empty:
                 return
-            before = dense_checksums(table, self.values.dtype)
-            on_host = table.device.type == "cpu"
-            if on_host and not follow and torch.equal(before, self._sums):
-                return
-            self._sums = reconcile_(self.values, table, before != self._sums, follow=follow)
-            if on_host and not torch.equal(before, self._sums):
+            if self._settle(table, follow):
                 self.bump_versions()
             self._join()
+
+    def _settle(self, table: ScatterTable, follow: bool) -> bool:
+        """Whether dense weights are known to have changed; a GPU does not say."""
+        before = dense_checksums(table, self.values.dtype)
+        on_host = table.device.type == "cpu"
+        if on_host and not follow and torch.equal(before, self._sums):
+            return False
+        self._sums = reconcile_(self.values, table, before != self._sums, follow=follow)
+        return on_host and not torch.equal(before, self._sums)
 
     def sync_layer(self, layer: nn.Module) -> None:
         """``sync_`` for the weights of one layer, which is used without the model's own forward."""

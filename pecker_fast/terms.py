@@ -62,7 +62,9 @@ class Terms:
         known = _checked(costs, grids, budget, per_cost)
         forbidden = _touched(grids, exclude)
         inside = in_region(grids, region)
-        forbidden |= {n: torch.ones(g.num_blocks, dtype=torch.bool) for n, g in grids.items() if n not in inside}
+        forbidden |= {
+            n: torch.ones(g.num_blocks, dtype=torch.bool, device="cpu") for n, g in grids.items() if n not in inside
+        }
         prices = _prices(known, grids) if budget == "costs" else dict.fromkeys(grids, 1)
         whole = sum(prices[n] * g.numel for n, g in grids.items()) if budget == "costs" else total
         divisors = _scaled(known, -math.frexp(max(known.values()))[1]) if per_cost else {}
@@ -99,7 +101,7 @@ class Terms:
         """Which blocks of a weight are never selected: bool (num_blocks,)."""
         if name in self.forbidden:
             return self.forbidden[name]
-        return torch.zeros(self.grids[name].num_blocks, dtype=torch.bool)
+        return torch.zeros(self.grids[name].num_blocks, dtype=torch.bool, device="cpu")
 
     def block_prices(self, name: str) -> Tensor:
         """Price of every block of a weight: int64 (num_blocks,)."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from pecker_fast.active import ActiveParameters
 from pecker_fast.apply import apply_mask
+from pecker_fast.checkpoint import read_json, write_json
 from pecker_fast.mask import BlockMask
 
 try:
@@ -18,8 +19,9 @@ try:
 except ImportError as error:
     raise ImportError("pecker_fast.trainer needs transformers: pip install 'transformers[torch]'") from error
 
-MASK_FILE = "mask.safetensors"
-"""What a checkpoint folder has besides the files of the Trainer."""
+MASK_FILE, WAYS_FILE = "mask.safetensors", "weight_grad_ways_{}.json"
+"""What a checkpoint folder has besides the files of the Trainer: the mask, and of every process on a GPU how it
+computes weight gradients, which was measured."""
 
 
 class MaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not looked at: it may be missing
@@ -96,12 +98,19 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers is no
                 f"MaskCallback: the checkpoint was trained with another mask; resume with "
                 f"MaskCallback(BlockMask.load({str(path)!r}))"
             )
+        ways = path.with_name(WAYS_FILE.format(args.process_index))
+        if state.global_step and ways.is_file():
+            self.active.use_measured_ways(read_json(ways))
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the mask beside a checkpoint."""
+        """Put the mask beside a checkpoint, and what this process measured."""
         folder = _checkpoint(args, state)
-        if self.active is not None and state.is_world_process_zero and folder.is_dir():
+        if self.active is None or not folder.is_dir():
+            return
+        if state.is_world_process_zero:
             self.active.mask.save(folder / MASK_FILE)
+        if ways := self.active.measured_ways():
+            write_json(folder / WAYS_FILE.format(args.process_index), ways)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the mask, if that was asked for."""

@@ -13,8 +13,10 @@ from ranks import error_of
 from test_distiller import SCHEDULE, config, unet
 
 from pecker_fast import BlockMask, MaskedDistiller
+from pecker_fast.ops import weight_grad_ways
 
 STEPS = 3
+WAYS = ("dense", "slabs")
 SETTINGS = {
     "saliency": {"mask": {"kind": "saliency"}, "ema_decay": 0.5, "override": None},
     "random": {"betas": (0.5, 0.9), "warmup_steps": 2, "forget_batch_size": 3},
@@ -55,8 +57,10 @@ def resumed(rank, folder):
     half = together("saliency", unet())
     for _ in range(STEPS - 1):
         half.step()
+    half.active.use_measured_ways({f"kind{'!' * rank}": WAYS[rank]})  # as if this rank's GPU had measured it
     half.save_checkpoint(folder / "run")
     half.step()
+    weight_grad_ways._restored.clear()
     torch.manual_seed(99)
     again = together("saliency", unet())
     again.load_checkpoint("latest", folder / "run")
@@ -64,7 +68,13 @@ def resumed(rank, folder):
     same = all(torch.equal(value, weights(again)[name]) for name, value in weights(half).items())
     alone = MaskedDistiller(unet(), SCHEDULE, config(**SETTINGS["saliency"]))
     refused = error_of(lambda: alone.load_checkpoint("latest", folder / "run"))
-    return {"same": same, "refused": refused, "folders": sorted(p.name for p in (folder / "run").iterdir())}
+    ways = again.active.measured_ways()
+    return {
+        "same": same,
+        "refused": refused,
+        "ways": ways,
+        "folders": sorted(p.name for p in (folder / "run").iterdir()),
+    }
 
 
 def disagreements(rank, folder):

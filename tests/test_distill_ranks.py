@@ -77,6 +77,7 @@ def test_a_checkpoint_of_two_ranks_resumes_to_the_bit_and_is_refused_by_one(resu
         assert result["resumed"]["same"]
         assert result["resumed"]["folders"] == [f"checkpoint-{distill_ranks.STEPS - 1}"]
         assert "resume with as many processes as it was saved with" in result["resumed"]["refused"]
+    assert [result["resumed"]["ways"] for result in results] == [{"kind": "dense"}, {"kind!": "slabs"}]
 
 
 @pytest.mark.parametrize("what", ["true score", "fake score", "config or schedule", "mask", "mass", "saliency"])

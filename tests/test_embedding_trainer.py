@@ -11,6 +11,7 @@ from test_active import assert_same_bits, off_mask
 from torch import nn
 
 from pecker_fast import BlockMask
+from pecker_fast.ops import weight_grad_ways
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -133,6 +134,18 @@ def test_resuming_continues_to_the_bit(kind, tmp_path):
     make_trainer(other, tmp_path, masking).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     masking.active.check()
     assert_same_bits(dict(model.state_dict()), dict(other.state_dict()))
+
+
+def test_resuming_takes_the_weight_gradients_that_were_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_grad_ways, "_restored", {})
+    first = callback(mask_for)
+    trainer = make_trainer(plain(), tmp_path, first)
+    first.active.use_measured_ways({"kind": "slabs"})  # as if a GPU had measured it
+    trainer.train()
+    monkeypatch.setattr(weight_grad_ways, "_restored", {})
+    second = callback(BlockMask.load(tmp_path / "checkpoint-3" / "mask.safetensors"))
+    make_trainer(plain(), tmp_path, second).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert second.active.measured_ways() == {"kind": "slabs"}
 
 
 def test_resuming_with_another_mask_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import pecker_fast
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter", "leftovers", "tensor_file"],
-    ["git_lfs"],
+    ["git_lfs", "source_tree"],
     ["checkpoint", "blocks", "classes", "regions", "settings", "step_metrics", "pickle_machine"],
     ["prompt_text", "foreign_weights"],
     ["mask_config", "config_file", "data", "prompt_files", "torch_file"],
@@ -31,7 +31,7 @@ LAYERS = [
     ],
     ["concept_draws", "layout", "reconcile", "compiled_calls", "distill_ranks", "distill_losses", "salun_mask"],
     ["concept_evaluation", "distill_masks", "stopping"],
-    ["iteration_flops", "arrangement"],
+    ["iteration_flops", "arrangement", "memory_order"],
     ["flat_store"],
     ["synced_store"],
     ["active"],

@@ -93,6 +93,39 @@ def test_autocast(make, shape):
         torch.testing.assert_close(active.to_dense(active.grads, name), expected, rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize("make, shape", [LAYERS["linear"], LAYERS["conv"], LAYERS["conv, same"]])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_autocast_leaves_float64_alone(make, shape, narrow, density):
+    plain, masked = nn.Sequential(make()).double(), nn.Sequential(make()).double()
+    masked.load_state_dict(plain.state_dict())
+    active = apply_mask(masked, BlockMask.random(masked, density, "row", seed=2))
+    x = torch.randn(shape, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=narrow):
+        outputs = [model(x) for model in (plain, masked)]
+        assert outputs[1].dtype == torch.float64 and torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    active.bind_()
+    for name in active.names:
+        expected = plain.get_parameter(name).grad * active.mask.to_dense(name)
+        torch.testing.assert_close(active.to_dense(active.grads, name), expected)
+
+
+@pytest.mark.parametrize("make, shape", [LAYERS["linear"], LAYERS["conv"], LAYERS["conv, same"]])
+@pytest.mark.parametrize("wide", ["input", "weight"])
+def test_autocast_refuses_what_it_refuses_of_the_dense_layer(make, shape, wide):
+    plain, masked, _ = masked_pair(make, 0.4)
+    x = torch.randn(shape)
+    if wide == "input":
+        x = x.double()
+    else:
+        plain.double(), masked.double()
+    for model in (plain, masked):
+        with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="dtype|type"):
+            model(x)
+
+
 def test_every_maskable_type_has_a_masked_class_of_its_kind():
     assert set(MASKED_CLASSES) == set(MASKABLE_TYPES)
     assert all(issubclass(masked, plain) for plain, masked in MASKED_CLASSES.items())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pecker_fast import native
+from pecker_fast.ops import OPS, triton_kernels
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_not()))
 
@@ -399,13 +400,48 @@ def test_a_gpu_too_old_for_what_was_compiled(capability, architectures, refused)
         assert f"compute capability {capability[0]}.{capability[1]}" in reason and architectures in reason
 
 
-def test_why_not_cuda_asks_the_gpu(monkeypatch):
-    module = type("Module", (), {"build_info": staticmethod(lambda: {"cuda": True, "cuda_architectures": "80 90"})})
-    monkeypatch.setattr(native, "_find", lambda: module)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    native.why_not_cuda.cache_clear()
-    try:
-        assert "compute capability 7.0" in native.why_not_cuda()
-    finally:
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU and a module with CUDA, which says ``probed`` when it is asked for a kernel."""
+
+    def of(capability, probed):
+        info = {"cuda": True, "cuda_architectures": "80 90"}
+        names = {"build_info": staticmethod(lambda: info), "cuda_probe": staticmethod(lambda: probed)}
+        monkeypatch.setattr(native, "_find", lambda: type("Module", (), names))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
         native.why_not_cuda.cache_clear()
+
+    yield of
+    native.why_not_cuda.cache_clear()
+
+
+def test_why_not_cuda_asks_the_gpu(gpu):
+    gpu((7, 0), None)
+    assert "compute capability 7.0" in native.why_not_cuda()
+    gpu((9, 0), None)
+    assert native.why_not_cuda() is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA driver version is insufficient for CUDA runtime version",
+        "no kernel image is available for execution on the device",
+        "system not yet initialized",
+    ],
+)
+def test_kernels_that_the_driver_cannot_run_give_way_with_its_words(gpu, monkeypatch, said):
+    gpu((9, 0), said)
+    monkeypatch.setattr(triton_kernels, "why_not", lambda: None)
+    for op in ("masked_adamw_", "select_threshold", "compact_active"):
+        assert f"do not run here: {said}. Update this GPU's driver" in OPS[op].why_not("cuda", "cuda")
+        assert OPS[op].preferred("cuda") != "cuda"
+        with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run on 'cuda': .*{said}"):
+            OPS[op].choose(torch.device("cuda"), "cuda")
+
+
+@pytest.mark.skipif(native.available() and not native.load().build_info()["cuda"], reason="built without CUDA")
+def test_the_probe_asks_the_real_driver():
+    said = native.load().cuda_probe()
+    assert (said is None) == torch.cuda.is_available(), said

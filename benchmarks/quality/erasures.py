@@ -12,6 +12,7 @@ import argparse
 import copy
 import itertools
 import json
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,10 @@ from pecker_fast.digits_task import (
 )
 from pecker_fast.sampling import one_step_sample
 from pecker_fast.score_model import predictor
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from backends import fast_only  # noqa: E402
 
 CLASSES, SEEDS = (7, 5), (0, 1)
 RULE = StopRule(ua=0.95, retain=0.95)
@@ -190,6 +195,7 @@ def _equal(first: nn.Module, second: nn.Module) -> bool:
     )
 
 
+@fast_only()
 def main() -> None:
     """Measure both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

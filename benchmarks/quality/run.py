@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -24,6 +25,10 @@ from tuning import best_factors
 
 from pecker_fast import MaskedDistiller
 from pecker_fast.digits_task import SCHEDULE, Evaluator, load_data, load_judge, load_teacher
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from backends import fast_only  # noqa: E402
 
 STEPS = 100
 EVALUATED = (*range(5, 61, 5), *range(70, 101, 10))
@@ -105,6 +110,7 @@ def missing(all_jobs: Iterable[Job], done: list[dict[str, Any]]) -> Iterator[Job
     return (job for job in all_jobs if job.key not in keys)
 
 
+@fast_only()
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -19,9 +20,14 @@ from pecker_fast import MaskedDistiller
 from pecker_fast.demo import versions
 from pecker_fast.digits_task import SCHEDULE, load_teacher
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from backends import fast_only  # noqa: E402
+
 ROUNDS, STEPS = 5, 3
 
 
+@fast_only()
 def main() -> None:
     """Time them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

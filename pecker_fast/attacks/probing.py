@@ -72,7 +72,7 @@ def probe(
         raise ValueError(f"t_inits are of one_step generators; this generation is of kind {generation.get('kind')!r}")
     for how in (generation, *({**generation, "t_init": t} for t in t_inits)):
         check_generation(how)
-    labels = torch.tensor(list(forget)).repeat_interleave(samples)
+    labels = torch.tensor(list(forget), device="cpu").repeat_interleave(samples)
     noise = fixed_noise(len(labels), generation, seed)
     networks = {name: _network(model, other) for name, other in (weights or {}).items()}
     _check_network("model", model)

@@ -27,7 +27,7 @@ class _Nothing(nn.Module):
 
 def fixed_noise(count: int, generation: Mapping[str, Any], seed: int) -> Tensor:
     """Standard normal noise for ``count`` images, the same on every device: (count, *sample_shape) on the CPU."""
-    return torch.randn(count, *generation["sample_shape"], generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, *generation["sample_shape"], generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 @torch.no_grad()
@@ -69,7 +69,8 @@ def check_generation(generation: Mapping[str, Any]) -> None:
     Raises:
         ValueError: An entry is missing or out of range.
     """
-    generate(_Nothing(), generation, torch.empty(0, dtype=torch.int64))  # it checks every entry and draws no image
+    nobody = torch.empty(0, dtype=torch.int64, device="cpu")
+    generate(_Nothing(), generation, nobody)  # it checks every entry and draws no image
 
 
 def check_model(model: nn.Module) -> None:

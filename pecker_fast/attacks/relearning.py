@@ -88,7 +88,7 @@ def relearn(
     _check_numbers(target_share, max_steps=max_steps, every=every, batch_size=batch_size, samples=samples, lr=lr)
     attacked = copy.deepcopy(model).requires_grad_(True)
     forget = labels.unique().tolist()
-    condition = torch.tensor(forget).repeat_interleave(samples)
+    condition = torch.tensor(forget, device="cpu").repeat_interleave(samples)
     noise = fixed_noise(len(condition), generation, seed)
     curve: list[tuple[int, float]] = []
     for step in _finetuned(attacked, generation, images, labels, max_steps, lr, batch_size, seed):
@@ -120,9 +120,9 @@ def _finetuned(
     yield 0
     for step in range(1, max_steps + 1):
         model.train()
-        index = torch.randint(len(images), (batch_size,), generator=draw)
+        index = torch.randint(len(images), (batch_size,), generator=draw, device="cpu")
         t = _timesteps(generation, schedule, batch_size, draw)
-        epsilon = torch.randn(batch_size, *images.shape[1:], generator=draw).to(weight)
+        epsilon = torch.randn(batch_size, *images.shape[1:], generator=draw, device="cpu").to(weight)
         x0, condition, t = images[index.to(weight.device)], labels[index.to(weight.device)], t.to(weight.device)
         with _seeded(seed + step, weight.device), torch.enable_grad():
             loss = F.mse_loss(model(schedule.add_noise(x0, epsilon, t), t, condition), epsilon)
@@ -136,8 +136,8 @@ def _finetuned(
 
 def _timesteps(generation: Mapping[str, Any], schedule: NoiseSchedule, count: int, draw: torch.Generator) -> Tensor:
     if generation["kind"] == "one_step":
-        return torch.full((count,), generation["t_init"])
-    return torch.randint(schedule.num_train_timesteps, (count,), generator=draw)
+        return torch.full((count,), generation["t_init"], device="cpu")
+    return torch.randint(schedule.num_train_timesteps, (count,), generator=draw, device="cpu")
 
 
 @contextmanager

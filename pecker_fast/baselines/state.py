@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pecker_fast.apply import check_shared_weights
 from pecker_fast.mask import BlockMask
+from pecker_fast.ops.weight_grad_ways import restore_choices
 
 if TYPE_CHECKING:
     from pecker_fast.baselines.trainer import Baseline
@@ -25,6 +26,7 @@ def state_of(baseline: Baseline) -> dict[str, Any]:
         "network": baseline.network.state_dict(),
         "optimizer": baseline.optimizer.state_dict(),
         "rng": baseline.draws.rng.get_state(),
+        "ways": baseline.active.measured_ways(),
     }
 
 
@@ -41,6 +43,7 @@ def load_state(baseline: Baseline, saved: Mapping[str, Any]) -> None:
     baseline.prepare()  # Selective Amnesia remembers where the weights began, not where they are now
     if baseline.config.share_frozen_weights:
         check_shared_weights(baseline.network, mask, saved["network"])
+    restore_choices(saved.get("ways", {}))  # none in older states
     baseline.network.load_state_dict(saved["network"])
     baseline.optimizer.load_state_dict(saved["optimizer"])
     baseline.draws.rng.set_state(saved["rng"])

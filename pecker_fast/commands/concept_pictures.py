@@ -67,4 +67,4 @@ class ConceptPictures:
                 found = [self._kept[side][position] for position in row]
                 shown += found + [np.full_like(found[0], 255)] * (columns - len(row))
         images = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        write_images(self._folder / GRID, images, torch.zeros(len(shown)), columns)
+        write_images(self._folder / GRID, images, torch.zeros(len(shown), device="cpu"), columns)

@@ -72,8 +72,8 @@ def sketch(job: Job) -> MaskedDistiller | Baseline:
         distiller = MaskedDistiller(unet, schedule, config, predict=predict)
         distiller.use_mask(mask, _stand_in(config.mask_of_fake_score, unet))
         return distiller
-    labels = torch.tensor([*job.plan.forget, *job.plan.retain])
-    data = ImageData(torch.zeros(len(labels), *config.sample_shape), labels, job.plan.texts)
+    labels = torch.tensor([*job.plan.forget, *job.plan.retain], device="cpu")
+    data = ImageData(torch.zeros(len(labels), *config.sample_shape, device="cpu"), labels, job.plan.texts)
     baseline = Baseline(unet, schedule, config, data=data, predict=predict)
     baseline.use_mask(mask)
     return baseline

@@ -178,7 +178,7 @@ def _images(
     """Images of all classes that count."""
     config = generative_config(options.model)
     counted = range(classes.count) if retain is None else sorted({*asked.forget, *retain})
-    labels = torch.tensor(list(counted)).repeat_interleave(options.num)
+    labels = torch.tensor(list(counted), device="cpu").repeat_interleave(options.num)
     model = models.load(options.model).to(torch_device(options.device))
     return draw(model, config["generation"], labels, options.seed), labels
 

@@ -111,7 +111,7 @@ def load_judge(folder: Path, source: Source | None = None) -> nn.Module:
 def _check_fits(folder: Path, judge: nn.Module, source: Source) -> None:
     try:
         with torch.no_grad():
-            logits = judge(torch.zeros(1, *source.sample_shape))
+            logits = judge(torch.zeros(1, *source.sample_shape, device="cpu"))
     except RuntimeError as error:
         raise FileFormatError(f"{folder}: cannot judge images of {source.sample_shape}: {error}") from error
     if logits.shape != (1, source.num_classes):

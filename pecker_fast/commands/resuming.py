@@ -179,7 +179,7 @@ def stop_after_step() -> Iterator[Callable[[], bool]]:
 
 def _anywhere(flag: bool, distiller: MaskedDistiller) -> bool:
     """Whether it is so in any of the processes that train together: they must leave after the same step."""
-    return bool(distiller.ranks.gather(torch.tensor([int(flag)])).any())
+    return bool(distiller.ranks.gather(torch.tensor([int(flag)], device="cpu")).any())
 
 
 def _never() -> bool:

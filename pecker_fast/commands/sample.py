@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> Outcome:
     if options.dry_run:
         count = sum(parameter.numel() for parameter in model.parameters())
         return dry_run(settings | {"generation": config["generation"]}, {"model": count}, [str(options.output)])
-    labels = torch.tensor(chosen).repeat_interleave(options.num)
+    labels = torch.tensor(chosen, device="cpu").repeat_interleave(options.num)
     images = draw(model, config["generation"], labels, options.seed)
     columns = options.num if len(chosen) > 1 else math.ceil(math.sqrt(options.num))
     write_images(options.output, images, labels, columns, classes.names)
@@ -62,7 +62,7 @@ def draw(model: nn.Module, generation: dict[str, Any], labels: Tensor, seed: int
     """
     device = next(model.parameters()).device
     shape = (len(labels), *generation["sample_shape"])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
     batches = []
     for start in range(0, len(labels), _BATCH):
         part = slice(start, start + _BATCH)

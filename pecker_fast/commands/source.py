@@ -173,10 +173,13 @@ def forget_batches(folder: Path, source: Source, config: DistillConfig) -> Itera
     """
     data = load_images(folder, source)
     Classes.of_images(data).check_seen("--forget_class", config.forget, f"in {folder}")
-    chosen = torch.isin(data.labels, torch.tensor(config.forget)).nonzero().flatten()
+    chosen = torch.isin(data.labels, torch.tensor(config.forget, device="cpu")).nonzero().flatten()
     generator = torch.Generator().manual_seed(config.seed)
     size = config.forget_samples
-    draws = [chosen[torch.randint(len(chosen), (size,), generator=generator)] for _ in range(config.mask.batches)]
+    draws = [
+        chosen[torch.randint(len(chosen), (size,), generator=generator, device="cpu")]
+        for _ in range(config.mask.batches)
+    ]
     return ((data.images[draw], data.labels[draw]) for draw in draws)
 
 

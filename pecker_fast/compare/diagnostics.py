@@ -69,7 +69,7 @@ def gradients(distiller: MaskedDistiller, batches: int = BATCHES, seed: int = 0)
 
 def _mean_and_signal(vectors: Iterable[Tensor]) -> tuple[Tensor, float]:
     """Mean of the vectors, and the share of their squared length that is the mean's; one vector at a time."""
-    total, squares, count = torch.zeros(()), 0.0, 0
+    total, squares, count = torch.zeros((), device="cpu"), 0.0, 0
     for vector in vectors:
         total = total.to(vector) + vector
         squares += float(vector.double().square().sum())

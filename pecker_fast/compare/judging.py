@@ -129,7 +129,7 @@ class Panel:
 
     def save_picture(self, contestant: Runner, path: Path) -> None:
         """One image of every class, from the same noise whatever draws, as an npz with ``images`` (uint8, N H W C)."""
-        labels = torch.arange(self.task.num_classes)
+        labels = torch.arange(self.task.num_classes, device="cpu")
         images = contestant.sample(labels.to(contestant.device), seed=self._noise_seed).clamp(-1, 1).cpu()
         pixels = images.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ class Panel:
 
     def _drawn(self, contestant: Runner, samples: int) -> Seen:
         """From the same noise whatever draws."""
-        labels = torch.arange(self.task.num_classes).repeat_interleave(samples)
+        labels = torch.arange(self.task.num_classes, device="cpu").repeat_interleave(samples)
         return self.look(contestant.sample(labels.to(contestant.device), seed=self._noise_seed), labels)
 
     def _verdict(self, seen: Seen) -> dict[str, float]:
@@ -200,7 +200,7 @@ class Panel:
         chosen = []
         for label in self.forget:
             own = (data.labels == label).nonzero().flatten()
-            chosen.append(own[torch.randperm(len(own), generator=rng)[:RELEARN_IMAGES]])
+            chosen.append(own[torch.randperm(len(own), generator=rng, device="cpu")[:RELEARN_IMAGES]])
         return data.images[torch.cat(chosen)], data.labels[torch.cat(chosen)]
 
     @property
@@ -216,4 +216,4 @@ def _spread(features: Tensor) -> Tensor:
     """At most so many of them, evenly, for what costs their number squared."""
     if len(features) <= _NEIGHBOURS:
         return features
-    return features[torch.linspace(0, len(features) - 1, _NEIGHBOURS).round().long().to(features.device)]
+    return features[torch.linspace(0, len(features) - 1, _NEIGHBOURS, device="cpu").round().long().to(features.device)]

@@ -40,7 +40,7 @@ class Retrained:
     def run(self, steps: int, *, progress: bool = True, label: str = "retrain") -> Iterator[Mapping[str, float]]:
         """All steps, and then one look."""
         data = self.task.train
-        kept = data.subset(~torch.isin(data.labels, torch.tensor(self.job.forget)))
+        kept = data.subset(~torch.isin(data.labels, torch.tensor(self.job.forget, device="cpu")))
         settings = {"steps": steps, "seed": self.job.seed, **self.task.retraining}
         self.network = train_denoiser(self.network, kept, self.task.schedule, progress=progress, **settings)
         yield {"step": steps}

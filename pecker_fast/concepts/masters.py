@@ -20,7 +20,7 @@ def start_masters(active: ActiveParameters, tensors: Mapping[str, Tensor]) -> No
     """
     for entry in active.entries:
         stored = tensors[entry.name].to(active.values.device, active.values.dtype)
-        entry.stretch(active.values).copy_(entry.flattened(entry.mask.gather(stored, entry.channels_last)))
+        entry.stretch(active.values).copy_(entry.of_dense(stored))
     active.scatter_()
 
 

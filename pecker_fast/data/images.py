@@ -66,9 +66,9 @@ class ImageData:
         if not 0.0 < held_out < 1.0:
             raise ValueError(f"held_out must lie strictly between 0 and 1, got {held_out}")
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen = torch.zeros(len(self), dtype=torch.bool, device="cpu")
         for label in range(len(self.class_names)):
             members = (self.labels == label).nonzero().squeeze(1).cpu()
-            order = torch.randperm(len(members), generator=generator)
+            order = torch.randperm(len(members), generator=generator, device="cpu")
             chosen[members[order[: round(held_out * len(members))]]] = True
         return self.subset(~chosen), self.subset(chosen)

@@ -86,7 +86,7 @@ class StoredImages:
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         chosen = spread(len(self.labels), limit)
         size = self.shape[1] // factor
-        images = torch.empty(len(chosen), channels, size, size)
+        images = torch.empty(len(chosen), channels, size, size, device="cpu")
         filled = 0
         for block in self.read(chosen):
             pixels = _with_channels(torch.from_numpy(block), channels).float()

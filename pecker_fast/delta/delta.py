@@ -164,7 +164,7 @@ class Delta:
         """
         bits, header = pack_mask(self.mask)
         xor = [self.payload[key].view(torch.uint8) for key in self.mask.parameters]
-        tensors = {"mask": bits, "xor": torch.cat([torch.empty(0, dtype=torch.uint8), *xor])}
+        tensors = {"mask": bits, "xor": torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *xor])}
         config = {
             "name": self.name,
             "density": self.mask.density,

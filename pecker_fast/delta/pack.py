@@ -26,7 +26,7 @@ def active_part(mask: BlockMask) -> BlockMask:
 def pack_mask(mask: BlockMask) -> tuple[Tensor, dict[str, str]]:
     """One bit a block, uint8, weight after weight, each from a byte of its own; and what ``unpack_mask`` needs."""
     tensors, header = mask.to_tensors()
-    bits = torch.cat([torch.empty(0, dtype=torch.uint8), *tensors.values()])
+    bits = torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *tensors.values()])
     return bits, header | {"bytes": json.dumps([len(tensor) for tensor in tensors.values()])}
 
 

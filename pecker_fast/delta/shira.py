@@ -101,11 +101,11 @@ def _filled(layer: _Layer, rank: int) -> tuple[Tensor, Tensor]:
             f"{layer.name}: peft needs r * (out + in) = {rank} * {sum(layer.shape)} places in a layer, which has "
             f'{size} weights; use a lower density, or scope="layer" so that no layer needs a high r'
         )
-    free = torch.ones(size, dtype=torch.bool)
+    free = torch.ones(size, dtype=torch.bool, device="cpu")
     free[layer.index] = False
     missing = count - len(layer.index)
     index = torch.cat([layer.index, free.nonzero().flatten()[:missing]])
-    values = torch.cat([layer.values, torch.zeros(missing)])
+    values = torch.cat([layer.values, torch.zeros(missing, device="cpu")])
     return torch.stack([index // layer.shape[1], index % layer.shape[1]]).to(torch.int32), values
 
 

@@ -60,7 +60,7 @@ def denoising_scores(
     for seed in seeds:
         draw = torch.Generator().manual_seed(seed)
         for t in timesteps:
-            noise = torch.randn(images.shape[1:], generator=draw, dtype=torch.float64).to(images)
+            noise = torch.randn(images.shape[1:], generator=draw, dtype=torch.float64, device="cpu").to(images)
             for part in torch.arange(len(images), device=images.device).split(batch_size):
                 scores[part] -= _noise_errors(predict, schedule, images[part], labels[part], t, noise)
     if not bool(scores.isfinite().all()):

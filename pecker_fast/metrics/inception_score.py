@@ -91,9 +91,9 @@ def inception_score(
     if not 1 <= splits <= len(logs):
         raise ValueError(f"splits must lie in [1, {len(logs)}] (one image a part at least), got {splits}")
     if splits > 1:
-        order = torch.randperm(len(logs), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(logs), generator=torch.Generator().manual_seed(seed), device="cpu")
         logs = logs[order.to(logs.device)]
-    scores = torch.tensor([_score(part.exp()) for part in logs.tensor_split(splits)], dtype=torch.float64)
+    scores = torch.tensor([_score(part.exp()) for part in logs.tensor_split(splits)], dtype=torch.float64, device="cpu")
     return float(scores.mean()), float(scores.std()) if splits > 1 else None
 
 

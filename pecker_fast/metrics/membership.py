@@ -99,8 +99,8 @@ def _auc(member_ranks: Tensor, others: int) -> float:
 
 def _shuffled_aucs(ranks: Tensor, members: int, seed: int, shuffles: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
-    dealt = (ranks[torch.randperm(len(ranks), generator=draw)[:members]] for _ in range(shuffles))
-    return torch.tensor([_auc(part, len(ranks) - members) for part in dealt], dtype=torch.float64)
+    dealt = (ranks[torch.randperm(len(ranks), generator=draw, device="cpu")[:members]] for _ in range(shuffles))
+    return torch.tensor([_auc(part, len(ranks) - members) for part in dealt], dtype=torch.float64, device="cpu")
 
 
 def _delong_interval(auc: float, members: Tensor, others: Tensor, ranks: Tensor) -> tuple[float, float] | None:

@@ -46,7 +46,7 @@ def load_inception(path: StrPath) -> InceptionV3:
     weights = _without_counters(found)
     _check(path, expected, weights)
     state = {name: _copy(tensor) for name, tensor in weights.items()}
-    counters = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(_COUNTER)}
+    counters = {name: torch.tensor(0, device="cpu") for name in network.state_dict() if name.endswith(_COUNTER)}
     network.load_state_dict(state | counters, assign=True)
     network.weights = _digest(state)
     return network.eval().requires_grad_(False)

@@ -70,7 +70,7 @@ def one_step_t_init(config: Mapping[str, Any]) -> int | None:
 def betas_of(schedule: NoiseSchedule) -> list[float]:
     """The betas of which the schedule is the cumulative product."""
     table = schedule.alphas_cumprod
-    before = torch.cat([torch.ones(1, dtype=table.dtype), table[:-1]])
+    before = torch.cat([table.new_ones(1), table[:-1]])
     betas: list[float] = (1 - table / before).tolist()
     return betas
 

@@ -61,7 +61,7 @@ class PickledTensor:
     def read(self) -> Tensor:
         """The tensor, contiguous, in memory of its own."""
         if 0 in self.size:
-            return torch.empty(self.size, dtype=self.dtype)
+            return torch.empty(self.size, dtype=self.dtype, device="cpu")
         numbers = torch.from_numpy(np.frombuffer(self.storage.data, dtype=np.uint8).copy()).view(self.dtype)
         return numbers.as_strided(self.size, self.stride, self.offset).clone(memory_format=torch.contiguous_format)
 

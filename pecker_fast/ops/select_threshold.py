@@ -50,7 +50,7 @@ def select_threshold_reference(tensors: Sequence[Tensor], k: int) -> tuple[Tenso
 def _cpu(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
     values = [in_memory_order(tensor) for tensor in tensors]
     threshold, ties = native.load().select_threshold_cpu(**native_arrays(values), k=k, threads=torch.get_num_threads())
-    return torch.tensor(threshold, dtype=values[0].dtype), torch.tensor(ties)
+    return torch.tensor(threshold, dtype=values[0].dtype, device="cpu"), torch.tensor(ties, device="cpu")
 
 
 def _cuda(tensors: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:

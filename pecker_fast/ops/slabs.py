@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pecker_fast import native
 from pecker_fast.blocks import BlockGrid, ParameterMask
-from pecker_fast.once import once
+from pecker_fast.once import once, to_device
 from pecker_fast.ops.layout import is_channels_last
 from pecker_fast.ops.problem import Geometry, Problem, grad_dtype
 
@@ -92,10 +92,10 @@ def _linear_tile_grads(grad_output: Tensor, input: Tensor, mask: ParameterMask) 
 def _runs_of_blocks(mask: ParameterMask) -> list[tuple[int, int, int]]:
     """Active blocks that follow one another in a row of blocks: (row, first column, number of blocks)."""
     columns = mask.grid.size[1]
-    starts = torch.ones(len(mask.active), dtype=torch.bool)
+    starts = torch.ones(len(mask.active), dtype=torch.bool, device="cpu")
     starts[1:] = (mask.active[1:] != mask.active[:-1] + 1) | (mask.active[1:] % columns == 0)
     first = starts.nonzero().flatten()
-    counts = torch.diff(first, append=torch.tensor([len(mask.active)]))
+    counts = torch.diff(first, append=torch.tensor([len(mask.active)], device="cpu"))
     blocks = mask.active[first]
     return list(zip((blocks // columns).tolist(), (blocks % columns).tolist(), counts.tolist(), strict=True))
 
@@ -133,8 +133,8 @@ def _find_rows_of_blocks(mask: ParameterMask, device: torch.device) -> list[tupl
     for row in torch.unique(mask.active // columns).tolist():
         cols = (mask.active[mask.active // columns == row] % columns).tolist()
         spans = [(col * block_in, min((col + 1) * block_in, in_)) for col in cols]
-        channels = torch.cat([torch.arange(start, stop) for start, stop in spans]).to(device)
-        found.append((row, [stop - start for start, stop in spans], channels))
+        channels = torch.cat([torch.arange(start, stop, device="cpu") for start, stop in spans])
+        found.append((row, [stop - start for start, stop in spans], to_device(channels, device)))
     return found
 
 

@@ -54,7 +54,7 @@ def best_tiles(
     Every program reads its out channels once and its in channels once for each of its taps.
     """
     grid = _grid(mask, as_rows)
-    fitting = [(m, n) for m, n in sizes if n == MIN_SIDE or n <= _power_of_two(grid.block[1])]
+    fitting = [(m, n) for m, n in sizes if n == MIN_SIDE or n <= power_of_two(grid.block[1])]
 
     def cost(size: tuple[int, int]) -> tuple[int, int]:
         block_m, block_n = size
@@ -86,18 +86,19 @@ def cut(mask: ParameterMask, as_rows: bool, channels_last: bool, block_m: int, b
     groups = block_m // group
     tiles_of_column = -(-counts // groups)
     ends = counts.cumsum(0)
-    rank = torch.arange(len(order)) - (ends - counts).repeat_interleave(counts)
+    rank = torch.arange(len(order), device="cpu") - (ends - counts).repeat_interleave(counts)
     tile = (tiles_of_column.cumsum(0) - tiles_of_column).repeat_interleave(counts) + rank // groups
     slot = rank % groups
 
-    table = torch.zeros(int(tiles_of_column.sum()), 3 + 3 * groups, dtype=torch.int32)
+    table = torch.zeros(int(tiles_of_column.sum()), 3 + 3 * groups, dtype=torch.int32, device="cpu")
     for field, values in enumerate((pieces.column, pieces.columns, width)):
         table[tile, field] = values[order].int()
     for field, values in enumerate((pieces.row, pieces.rows, offset)):
         table[tile, 3 + 3 * slot + field] = values[order].int()
-    inside = torch.arange(group) < pieces.rows[order][:, None]
-    owner = torch.full((len(table), groups, group), blocks, dtype=torch.int64)
-    number = pieces.row[:, None] + torch.arange(group) if as_rows else pieces.block[:, None].expand(-1, group)
+    in_group = torch.arange(group, device="cpu")
+    inside = in_group < pieces.rows[order][:, None]
+    owner = torch.full((len(table), groups, group), blocks, dtype=torch.int64, device="cpu")
+    number = pieces.row[:, None] + in_group if as_rows else pieces.block[:, None].expand(-1, group)
     owner[tile, slot] = torch.where(inside, number[order], blocks)
     alignment = math.gcd(grid.block[0] if grid.size[0] > 1 else group, group, grid.block[1] if grid.size[1] > 1 else 0)
     alignment = math.gcd(alignment, block_n, 16)
@@ -108,8 +109,8 @@ def _block_rows(owner: Tensor, blocks: int) -> Tensor:
     """For every block the entries of ``owner`` that are its own, padded with ``len(owner)``: int64 (blocks, most)."""
     order = owner.argsort(stable=True)
     counts = torch.bincount(owner, minlength=blocks + 1)[:blocks]
-    index = torch.full((blocks, int(counts.max()) if blocks else 0), len(owner), dtype=torch.int64)
-    index[torch.arange(index.shape[1]) < counts[:, None]] = order[: int(counts.sum())]
+    index = torch.full((blocks, int(counts.max()) if blocks else 0), len(owner), dtype=torch.int64, device="cpu")
+    index[torch.arange(index.shape[1], device="cpu") < counts[:, None]] = order[: int(counts.sum())]
     return index
 
 
@@ -153,14 +154,14 @@ class _Pieces:
 
 def _pieces(mask: ParameterMask, as_rows: bool, group: int, block_n: int) -> _Pieces:
     grid = _grid(mask, as_rows)
-    active = torch.zeros(min(grid.num_blocks, 1), dtype=torch.int64) if as_rows else mask.active
+    active = torch.zeros(min(grid.num_blocks, 1), dtype=torch.int64, device="cpu") if as_rows else mask.active
     (out, in_, _), (block_out, block_in), grid_columns = grid.view, grid.block, grid.size[1]
     numel = grid.block_numel()[active]
     begin = numel.cumsum(0) - numel
     first_row, first_column = active // max(grid_columns, 1) * block_out, active % max(grid_columns, 1) * block_in
     height, width = (out - first_row).clamp(max=block_out), (in_ - first_column).clamp(max=block_in)
-    down, across = torch.arange(0, block_out, group), torch.arange(0, block_in, block_n)
-    block = torch.arange(len(active)).view(-1, 1, 1)
+    down, across = torch.arange(0, block_out, group, device="cpu"), torch.arange(0, block_in, block_n, device="cpu")
+    block = torch.arange(len(active), device="cpu").view(-1, 1, 1)
     row_in_block, column_in_block = down.view(1, -1, 1), across.view(1, 1, -1)
     keep = ((row_in_block < height[block]) & (column_in_block < width[block])).flatten()
     block, row_in_block, column_in_block = (
@@ -198,9 +199,9 @@ def _grid(mask: ParameterMask, as_rows: bool) -> BlockGrid:
 
 
 def _group(grid: BlockGrid) -> int:
-    return min(max(_power_of_two(grid.block[0]), MIN_SIDE), MAX_GROUP)
+    return min(max(power_of_two(grid.block[0]), MIN_SIDE), MAX_GROUP)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     """The smallest that is no less than ``n``."""
     return 1 << max(n - 1, 0).bit_length()

@@ -131,7 +131,8 @@ def _score_reference_(sums: Tensor, problem: Problem, kind: str) -> None:
     if mask.is_full:
         sums.add_(grid.block_sums(values))
         return
-    owner = torch.arange(len(mask.active)).repeat_interleave(grid.block_numel()[mask.active]).to(values.device)
+    numbers = torch.arange(len(mask.active), device="cpu")
+    owner = numbers.repeat_interleave(grid.block_numel()[mask.active]).to(values.device)
     blocks = values.new_zeros(len(mask.active)).index_add_(0, owner, values.flatten())
     sums.index_add_(0, mask.active_on(sums.device), blocks.to(sums.dtype))
 

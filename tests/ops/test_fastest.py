@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -77,3 +79,76 @@ def test_a_way_that_fails_is_left_out_and_told(clock):
         assert fastest.fastest({"broken": broken, "fine": lambda: 1.0}, CPU).used == "fine"
     with pytest.raises(MemoryError):
         fastest.fastest({"broken": broken}, CPU)
+
+
+# -- on a GPU, played by counters ------------------------------------------------------------------
+
+
+class Gpu:
+    """A device whose host is ready after ``host`` flushes of its cache."""
+
+    def __init__(self, monkeypatch, host=1, memory=fastest.FLUSHED_BYTES):
+        self.log, self.flushed, self.host, self.memory = [], 0, host, memory
+        monkeypatch.setattr(torch.cuda, "Event", lambda **_: Event(self))
+        monkeypatch.setattr(torch.cuda, "device", self.guard)
+        monkeypatch.setattr(fastest.torch, "empty", self.empty)
+
+    @contextlib.contextmanager
+    def guard(self, device):
+        self.log.append(str(device))
+        yield
+        self.log.append("left")
+
+    def empty(self, size, **_):
+        if size > self.memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Scratch(self, size)
+
+
+class Scratch:
+    def __init__(self, gpu, size):
+        self.gpu, self.size = gpu, size
+
+    def zero_(self):
+        self.gpu.log.append("flush")
+        self.gpu.flushed += self.size / fastest.FLUSHED_BYTES
+
+
+class Event:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.queued, self.gpu.flushed = self.gpu.flushed, 0
+
+    def query(self):
+        return self.queued < self.gpu.host  # the GPU came to it before the host was ready
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+@pytest.mark.parametrize("number", [0, 1, 7])
+def test_a_way_is_timed_on_its_own_gpu(monkeypatch, number):
+    gpu = Gpu(monkeypatch)
+    fastest.fastest({"a": lambda: gpu.log.append("way")}, torch.device("cuda", number))
+    runs = ",".join(gpu.log).split("left")[:-1]
+    assert len(runs) == 1 + fastest.ROUNDS
+    assert all(run.strip(",") == ",".join([f"cuda:{number}", *["flush"] * 4, "way"]) for run in runs)
+
+
+@pytest.mark.parametrize("host, calls", [(1, 1), (4, 1), (5, 2), (30, 4), (1e9, 5)])
+def test_the_gpu_is_kept_busy_until_the_host_is_ready(monkeypatch, host, calls):
+    gpu = Gpu(monkeypatch, host)
+    fastest.fastest({"a": lambda: gpu.log.append("way")}, torch.device("cuda", 0))
+    assert gpu.log.count("way") == calls * (1 + fastest.ROUNDS)  # and one that waits for the GPU itself ends too
+
+
+@pytest.mark.parametrize("memory, flushes", [(256 << 20, 4), (100 << 20, 16), (16 << 20, 64), (1 << 20, 0)])
+def test_no_memory_left_to_flush_the_cache_stops_no_step(monkeypatch, memory, flushes):
+    gpu = Gpu(monkeypatch, host=0, memory=memory)
+    choice = fastest.fastest({"a": lambda: None, "b": lambda: None}, torch.device("cuda", 0))
+    assert choice.used == "a" and gpu.log.count("flush") == flushes * 2 * (1 + fastest.ROUNDS)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from pecker_fast.blocks import BlockGrid, ParameterMask
-from pecker_fast.once import known, once
+from pecker_fast.once import once, remembered
+from pecker_fast.ops import slabs
 from pecker_fast.ops.tiles import best_tiles, choose_splits, cut
+from pecker_fast.scatter import ScatterTable, Target
 
 SIZES = [(64, 16), (64, 64), (128, 64), (128, 128)]
 
@@ -93,7 +95,7 @@ def test_once_is_once_for_the_same_blocks_and_forgotten_with_them():
     active, calls = torch.arange(3), []
     made = once(active, ("what",), lambda: calls.append(1) or {"value"})
     assert once(active, ("what",), lambda: calls.append(2)) is made and calls == [1]
-    assert known(active, ("what",)) and not known(active, ("other",)) and not known(torch.arange(3), ("what",))
+    assert remembered(active) == [(("what",), {"value"})] and remembered(torch.arange(3)) == []
     gone = weakref.ref(once(active, ("kept",), lambda: torch.ones(2)))
     del active
     gc.collect()
@@ -103,6 +105,24 @@ def test_once_is_once_for_the_same_blocks_and_forgotten_with_them():
 def test_a_graph_that_is_captured_too_early_is_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     mask = ParameterMask(BlockGrid.of((32, 32), (16, 16)), torch.tensor([1]))
-    with pytest.raises(RuntimeError, match="run it three times before you capture it"):
-        mask.active_on(torch.device("cuda"))
+    cuda, one = torch.device("cuda"), Target(mask, torch.zeros(32, 32))
+    for early in (
+        lambda: mask.active_on(cuda),
+        lambda: mask.index_on(cuda),
+        lambda: slabs._rows_of_blocks(mask, cuda),
+        lambda: cut(mask, False, False, 64, 16).to(cuda),
+        lambda: ScatterTable([Target(mask, None)], cuda),
+        lambda: ScatterTable([one], torch.device("cpu")).scatter_reference_(OnCuda()),
+    ):
+        with pytest.raises(RuntimeError, match="run it three times before you capture it"):
+            early()
     assert mask.active_on(torch.device("cpu")) is mask.active
+
+
+class OnCuda:
+    """A buffer, as far as the scatter looks at it before it copies its index."""
+
+    device = torch.device("cuda")
+
+    def split(self, sizes):
+        return [None for _ in sizes]
