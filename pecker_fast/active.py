@@ -316,7 +316,7 @@ class ActiveParameters(SyncedStore):
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses in the model that this is a copy of would outlive it.
-        fresh: dict[str, Any] = {"_table": None, "_seal": None, "_views": [], "_parts": {}}
+        fresh: dict[str, Any] = {"_table": None, "_seal": None, "_views": [], "_parts": {}, "_own": {}}
         return self.__dict__ | fresh | {"_agreed": None, "running": False, "followers": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -175,13 +175,25 @@ class FlatStore:
         self._seal = Seal(self._slots(), trained=len(self._entries))
 
     def _check_held(self) -> None:
-        lost = [entry.name for entry in self._entries if self._held(entry).get(entry.own) is None]
+        """Refuse to go on where a weight is gone, or is another one: kernels write at addresses."""
+        held = {entry.name: self._held(entry).get(entry.own) for entry in self._entries}
+        lost = [name for name, dense in held.items() if dense is None]
         if lost:
             raise RuntimeError(
                 f"{len(lost)} weights of the masked {type(self.model).__name__} are gone from their modules: "
                 f"{', '.join(lost[:3])}. Pruning, a weight norm or a parametrization after apply_mask takes them away; "
                 f"undo it, and apply it before apply_mask or after active.remove()"
             )
+        for entry in self._entries:
+            dense = self._dense(entry)
+            if tuple(dense.shape) != entry.mask.grid.shape or (dense.is_meta and not self.values.is_meta):
+                raise RuntimeError(
+                    f"{entry.name} was replaced after apply_mask: expected {entry.mask.grid.shape} with data, got "
+                    f"{tuple(dense.shape)} on {dense.device}; put the weight back, or call active.remove() before such "
+                    f"a change and apply_mask after it"
+                )
+            if not torch.ops.aten.is_non_overlapping_and_dense(dense):
+                dense.data = dense.data.contiguous()  # part of a larger tensor, or the same memory several times
 
     def _bind_values(self) -> None:
         self._follow_device()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -15,6 +14,7 @@ from pecker_fast.distributed import RANK, WORLD_SIZE, Shard, check_shard, group_
 from pecker_fast.ops.accumulate_saliency import Accumulate
 from pecker_fast.ops.masked_adamw import masked_adamw_
 from pecker_fast.scatter import ScatterTable
+from pecker_fast.step_parts import StepPart, step_parts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -169,7 +169,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         active.remember_()
         return loss
 
-    def _update(self, part: _Part, state: dict[str, Any], scatter: ScatterTable | None) -> None:
+    def _update(self, part: StepPart, state: dict[str, Any], scatter: ScatterTable | None) -> None:
         """One stretch of the buffer, and of the state, by one step."""
         active, group, there, here = self.active, self.param_groups[0], part.there, part.here
         clip_value, ema_decay = group["clip_value"], group["ema_decay"]
@@ -198,7 +198,7 @@ class MaskedAdamW(torch.optim.Optimizer):
             backend=self.backend,
         )
 
-    def _parts(self, state: dict[str, Any], skipped: Sequence[str]) -> list[_Part]:
+    def _parts(self, state: dict[str, Any], skipped: Sequence[str]) -> list[StepPart]:
         """The buffer in stretches of parameters that have had equally many steps: nearly always one.
 
         Parameters without a gradient are passed over, as ``torch.optim.AdamW`` does, and their bias corrections count
@@ -207,18 +207,14 @@ class MaskedAdamW(torch.optim.Optimizer):
         missed: dict[str, int] = state.get("missed", {})
         for name in skipped:
             missed[name] = missed.get(name, 0) + 1
-        if not missed:
-            runs = [_Part(slice(0, self.active.numel), slice(0, self.active.numel))]
-        else:
+        if missed:
             state["missed"] = missed
-            passed_over, runs = set(skipped), []
-            for entry in self.active.entries:
-                there = slice(entry.offset, entry.offset + entry.mask.numel)
-                run = _Part(there, there, missed.get(entry.name, 0), entry.name in passed_over)
-                runs = [*runs[:-1], runs[-1].extended(there)] if runs and runs[-1].continues(run) else [*runs, run]
+            parts = step_parts(self.active.entries, missed, set(skipped))
+        else:
+            parts = [StepPart(whole := slice(0, self.active.numel), whole)]
         if self.shard is None:
-            return runs
-        return [part for run in runs for stretch in self.shard.stretches if (part := run.within(*stretch))]
+            return parts
+        return [cut for part in parts for stretch in self.shard.stretches if (cut := part.within(*stretch))]
 
     def _state(self) -> dict[str, Any]:
         """Flat state for the whole store, kept under its first parameter so that ``state_dict`` works as it is."""
@@ -326,40 +322,6 @@ class MaskedAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         if state_dict["state"]:
             self._state()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A stretch of the buffer whose parameters have had equally many steps.
-
-    Attributes:
-        there: Where it lies in the buffer.
-        here: Where it lies in the state, of which a shard has a part.
-        missed: Steps that its parameters did not take.
-        skipped: Whether this is one of them.
-    """
-
-    there: slice
-    here: slice
-    missed: int = 0
-    skipped: bool = False
-
-    def continues(self, other: _Part) -> bool:
-        """Whether ``other``, which comes next, can be updated together with it."""
-        return (self.missed, self.skipped) == (other.missed, other.skipped)
-
-    def extended(self, there: slice) -> _Part:
-        """Up to the end of what comes next."""
-        longer = slice(self.there.start, there.stop)
-        return replace(self, there=longer, here=longer)
-
-    def within(self, there: slice, here: slice) -> _Part | None:
-        """What lies in one stretch of a shard, or None."""
-        start, stop = max(self.there.start, there.start), min(self.there.stop, there.stop)
-        moved = here.start - there.start
-        return (
-            replace(self, there=slice(start, stop), here=slice(start + moved, stop + moved)) if start < stop else None
-        )
 
 
 def _rate(group: dict[str, Any]) -> float | Tensor:

@@ -57,7 +57,12 @@ class SyncedStore(FlatStore):
             hook.remove()
 
     def _point_layers_here(self) -> None:
-        self._parts: dict[int, tuple[slice, ScatterTable]] = {}
+        """Layers know their store, and the store which entries are a layer's: they lie side by side."""
+        self._parts: dict[int, ScatterTable] = {}
+        self._own: dict[int, slice] = {}
+        for number, entry in enumerate(self._entries):
+            layer = id(self.modules[entry.module])
+            self._own[layer] = slice(self._own[layer].start if layer in self._own else number, number + 1)
         for layer in self._layers:
             if isinstance(layer, MaskedLayer):
                 layer.store = weakref.ref(self)
@@ -129,13 +134,11 @@ class SyncedStore(FlatStore):
 
     def sync_layer(self, layer: nn.Module) -> None:
         """``sync_`` for the weights of one layer, which is used without the model's own forward."""
-        if not self._within_reach():
+        own = self._own.get(id(layer))  # none: a replica of DataParallel, or a layer that is frozen
+        if own is None or not self._within_reach():
             return
         with torch.inference_mode(False), torch.no_grad():
-            table = self.scatter_table()
-            if table.is_empty:
-                return
-            which, part = self._part(layer, table)
+            which, part = own, self._part(own)
             if part.is_empty:
                 return
             base = self._entries[which.start].offset
@@ -143,13 +146,12 @@ class SyncedStore(FlatStore):
             before = dense_checksums(part, self.values.dtype, base)
             self._sums[which] = reconcile_(stretch, part, before != self._sums[which], base=base)
 
-    def _part(self, layer: nn.Module, table: ScatterTable) -> tuple[slice, ScatterTable]:
-        """A layer's entries, which lie side by side, and the table of theirs."""
-        if id(layer) not in self._parts:
-            own = [n for n, entry in enumerate(self._entries) if self.modules[entry.module] is layer]
-            which = slice(own[0], own[-1] + 1) if own else slice(0, 0)
-            self._parts[id(layer)] = which, ScatterTable(table.targets[which], table.device)
-        return self._parts[id(layer)]
+    def _part(self, which: slice) -> ScatterTable:
+        """The table of some entries alone."""
+        table = self.scatter_table()
+        if which.start not in self._parts:
+            self._parts[which.start] = ScatterTable(table.targets[which], table.device)
+        return self._parts[which.start]
 
     def _join(self) -> None:
         """Let weights that train as a whole be their own active parameters again, after a change of dtype and back."""

@@ -31,7 +31,7 @@ LAYERS = [
     ],
     ["concept_draws", "layout", "reconcile", "compiled_calls", "distill_ranks", "distill_losses", "salun_mask"],
     ["concept_evaluation", "distill_masks", "stopping"],
-    ["iteration_flops", "arrangement", "memory_order"],
+    ["iteration_flops", "arrangement", "memory_order", "step_parts"],
     ["flat_store"],
     ["synced_store"],
     ["active"],

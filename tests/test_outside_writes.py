@@ -309,6 +309,74 @@ def test_a_change_of_dtype_is_no_write(there, density):
     assert set(whole) == {e.name for e in active.entries if e.mask.is_full}
 
 
+@pytest.mark.parametrize("shape", [(8, 16), (16, 4), (32, 8)])
+def test_a_weight_of_another_shape_is_refused(shape):
+    model, active = masked()
+    a_step(model, active)
+    values = active.values.clone()
+    model[0].weight.data = torch.zeros(shape)
+    for call in (lambda: model(x_for()), active.sync_, active.remove):
+        with pytest.raises(RuntimeError, match=r"0\.weight was replaced after apply_mask: expected \(16, 8\)"):
+            call()
+    assert torch.equal(active.values, values)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda w: torch.randn(16, 20)[:, :8], lambda w: torch.ones(16, 1).expand(16, 8), lambda w: w.t().clone().t()],
+)
+def test_a_weight_whose_memory_is_not_its_own_is_taken_over(make):
+    model, active = masked()
+    a_step(model, active)
+    new = make(model[0].weight.detach())
+    model[0].weight.data = new
+    model(x_for())
+    active.check()
+    assert torch.equal(model[0].weight, new)
+    a_step(model, active)
+    outside = ~active.mask.to_dense("0.weight")
+    assert torch.equal(model[0].weight[outside], new[outside])
+
+
+def test_a_model_goes_through_a_file_with_its_mask(tmp_path):
+    model, active = masked()
+    a_step(model, active)
+    torch.save(model, tmp_path / "model.pt")
+    other = torch.load(tmp_path / "model.pt", weights_only=False)
+    store = ActiveParameters.of(other)
+    WRITES["SAM's climb"](store)
+    assert not torch.equal(other(x_for()), model(x_for()))
+    store.check()
+    active.check()
+
+
+def test_a_schedule_free_optimizer_trains_and_evaluates_as_on_a_dense_model():
+    schedulefree = pytest.importorskip("schedulefree")
+
+    def run(with_mask):
+        model = net()
+        mask = mask_for(model)
+        parameters = apply_mask(model, mask).parameters() if with_mask else list(model.parameters())
+        if not with_mask:
+            for name, p in model.named_parameters():
+                on = mask.to_dense(name)
+                p.register_hook(lambda g, on=on: g * on)
+        opt = schedulefree.AdamWScheduleFree(parameters, lr=0.05)
+        seen = []
+        for _ in range(4):
+            opt.train()
+            for _ in range(3):
+                opt.zero_grad()
+                model(x_for()).square().mean().backward()
+                opt.step()
+            opt.eval()
+            seen += [model(x_for()).detach(), *(w.clone() for w in model.state_dict().values())]
+        return seen
+
+    for one, other in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_weights_lent_by_functional_call_are_not_taken_over():
     model, active = masked()
     a_step(model, active)
