@@ -61,8 +61,8 @@ class SyncedStore(FlatStore):
         self._parts: dict[int, ScatterTable] = {}
         self._own: dict[int, slice] = {}
         for number, entry in enumerate(self._entries):
-            layer = id(self.modules[entry.module])
-            self._own[layer] = slice(self._own[layer].start if layer in self._own else number, number + 1)
+            key = id(self.modules[entry.module])
+            self._own[key] = slice(self._own[key].start if key in self._own else number, number + 1)
         for layer in self._layers:
             if isinstance(layer, MaskedLayer):
                 layer.store = weakref.ref(self)
