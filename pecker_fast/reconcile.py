@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pecker_fast import native
-from pecker_fast.scatter import ScatterTable, native_table
+from pecker_fast.scatter import ScatterTable
 
 _FACTOR, _WORD = 0x9E3779B9, 0xFFFFFFFF
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,7 +33,7 @@ def dense_checksums(table: ScatterTable, dtype: torch.dtype, base: int = 0) -> T
     sums = torch.zeros(len(table.targets), dtype=torch.int64, device=table.device)
     run, where = _native("dense_checksums", table, dtype)
     if run is not None:
-        run(sums=sums.data_ptr(), numel=table.numel, base=base, **native_table(table.tensors()), **where)
+        run(sums=sums.data_ptr(), numel=table.numel, base=base, **table.native_arguments, **where)
         return sums
     begin = base
     for number, target in enumerate(table.targets):
@@ -70,7 +70,7 @@ def reconcile_(values: Tensor, table: ScatterTable, written: Tensor, *, follow: 
         return dense_checksums(table, values.dtype, base)
     sums = torch.zeros(len(table.targets), dtype=torch.int64, device=table.device)
     addresses = {"value": values.data_ptr(), "written": written.data_ptr(), "sums": sums.data_ptr()}
-    run(**addresses, follow=follow, numel=table.numel, base=base, **native_table(table.tensors()), **where)
+    run(**addresses, follow=follow, numel=table.numel, base=base, **table.native_arguments, **where)
     return sums
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -59,6 +60,7 @@ class ScatterTable:
         numel: Length of the flat buffer.
         device: Where the buffer, the table and the dense weights are.
         dtypes: Those of the dense weights: bit c is set where one has code c.
+        is_empty: Whether there is nothing to copy: every dense weight is a view of the buffer.
 
     Raises:
         ValueError: A dense weight is on another device.
@@ -67,6 +69,7 @@ class ScatterTable:
     def __init__(self, targets: Sequence[Target], device: torch.device) -> None:
         self.targets = tuple(targets)
         self.numel = sum(target.mask.numel for target in self.targets)
+        self.is_empty = all(target.dense is None for target in self.targets)
         runs = [_runs(target) for target in self.targets]
         lengths = [len(offsets) for offsets, _ in runs]
         begins = torch.tensor([0, *(target.mask.numel for target in self.targets)], device="cpu").cumsum(0)
@@ -93,11 +96,6 @@ class ScatterTable:
         self.device = self.tile_run.device
         self._index: dict[int, Tensor] = {}
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is nothing to copy: every dense weight is a view of the buffer."""
-        return all(target.dense is None for target in self.targets)
-
     def tensors(self) -> list[Tensor]:
         """The table as tensors on the buffer's device; ``native_table`` turns them into what the kernels take."""
         return [
@@ -108,6 +106,11 @@ class ScatterTable:
             self.run_flat_offset,
             self.tile_run,
         ]
+
+    @cached_property
+    def native_arguments(self) -> dict[str, int]:
+        """What the native module takes for it; the tensors stay where they are."""
+        return native_table(self.tensors())
 
     def scatter_(self, values: Tensor) -> None:
         """Copy ``values`` (numel,) into the dense weights, rounded to their dtype.
@@ -127,7 +130,7 @@ class ScatterTable:
             self.scatter_reference_(values)
         else:
             with torch.cuda.device_of(values):
-                scatter(value=values.data_ptr(), numel=self.numel, **native_table(self.tensors()), **where)
+                scatter(value=values.data_ptr(), numel=self.numel, **self.native_arguments, **where)
 
     def _native(self, values: Tensor) -> tuple[Callable[..., None] | None, dict[str, int]]:
         """The native kernel for a buffer, if there is one, and where it runs."""

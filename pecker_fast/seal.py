@@ -53,8 +53,7 @@ class Seal:
         return [None if grad is None else grad.data_ptr() for grad in self._grads] == self._grad_addresses
 
     def _held(self) -> list[Tensor]:
-        # None where a module has lost one.
-        return [cast(Tensor, held.get(name)) for held, name in zip(self._dicts, self._names, strict=True)]
+        return list(map(cast(Any, dict.get), self._dicts, self._names))  # None where a module has lost one
 
     def _where(self) -> list[int]:
         return list(map(_address, self._tensors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -90,8 +91,8 @@ class SyncedStore(FlatStore):
         Raises:
             RuntimeError: The mask was removed, or a module has lost one of its weights.
         """
-        if self._within_reach():
-            self._reconcile(follow=True)
+        if (table := self._table_in_reach()) is not None:
+            self._bring_together(table, follow=True)
 
     def adopt_(self) -> None:
         """The first half of ``sync_``, as every step of an optimizer does when it begins.
@@ -100,28 +101,29 @@ class SyncedStore(FlatStore):
             RuntimeError: As ``sync_``.
         """
         sync_before_compiled_calls(self.model)
-        if self._within_reach():
-            self._reconcile(follow=False)
+        if (table := self._table_in_reach()) is not None:
+            self._bring_together(table, follow=False)
 
-    def _within_reach(self) -> bool:
-        """Whether modules hold parameters with data: ``functional_call`` lends them other tensors for a while."""
+    def _table_in_reach(self) -> ScatterTable | None:
+        """The table, if modules hold parameters with data: ``functional_call`` lends them other tensors for a while."""
         if type(self.values) is not Tensor or self.values.is_meta:
-            return False
+            return None
         self._check_installed()
-        if self._seal is not None and self._seal.tensors_hold():
-            return True
-        lent = (self._held(entry).get(entry.own) for entry in self._entries)
-        return all(tensor is None or isinstance(tensor, nn.Parameter) for tensor in lent)
+        table = self._table
+        if table is None or self._seal is None or not self._seal.tensors_hold():
+            held = (self._held(entry).get(entry.own) for entry in self._entries)
+            if not all(tensor is None or isinstance(tensor, nn.Parameter) for tensor in held):
+                return None
+            with _trainable():
+                table = self.scatter_table()
+        return None if table.is_empty else table
 
-    def _reconcile(self, follow: bool) -> None:
-        # Views that are made in inference mode could not be trained after it.
-        with torch.inference_mode(False), torch.no_grad():
-            table = self.scatter_table()
-            if table.is_empty:
-                return
+    def _bring_together(self, table: ScatterTable, follow: bool) -> None:
+        with _trainable():
             if self._settle(table, follow):
                 self.bump_versions()
-            self._join()
+            if self._split:
+                self._join()
 
     def _settle(self, table: ScatterTable, follow: bool) -> bool:
         """Whether dense weights are known to have changed; a GPU does not say."""
@@ -134,11 +136,11 @@ class SyncedStore(FlatStore):
 
     def sync_layer(self, layer: nn.Module) -> None:
         """``sync_`` for the weights of one layer, which is used without the model's own forward."""
-        own = self._own.get(id(layer))  # none: a replica of DataParallel, or a layer that is frozen
-        if own is None or not self._within_reach():
+        which = self._own.get(id(layer))  # none: a replica of DataParallel, or a layer that is frozen
+        if which is None or (table := self._table_in_reach()) is None:
             return
-        with torch.inference_mode(False), torch.no_grad():
-            which, part = own, self._part(own)
+        with _trainable():
+            part = self._part(which, table)
             if part.is_empty:
                 return
             base = self._entries[which.start].offset
@@ -146,9 +148,8 @@ class SyncedStore(FlatStore):
             before = dense_checksums(part, self.values.dtype, base)
             self._sums[which] = reconcile_(stretch, part, before != self._sums[which], base=base)
 
-    def _part(self, which: slice) -> ScatterTable:
+    def _part(self, which: slice, table: ScatterTable) -> ScatterTable:
         """The table of some entries alone."""
-        table = self.scatter_table()
         if which.start not in self._parts:
             self._parts[which.start] = ScatterTable(table.targets[which], table.device)
         return self._parts[which.start]
@@ -198,6 +199,11 @@ class SyncedStore(FlatStore):
                     f"{entry.name}: {changed} of {active.numel()} active weights were changed outside the optimizer; "
                     f"call active.sync_() to bring them together"
                 )
+
+
+def _trainable() -> AbstractContextManager[Any]:
+    """What is made within the block can be trained and changed, also where somebody only infers."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
