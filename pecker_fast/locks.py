@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pecker_fast.errors import PeckerFastWarning
+
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
@@ -79,7 +81,7 @@ def _lock(descriptor: int, path: Path, *, wait: bool = False, shared: bool = Fal
         if error.errno in _TAKEN:
             raise LockedError(os.pread(descriptor, 200, 0).decode(errors="replace") or "another process") from error
         text = f"{path}: this file system locks no files ({error.strerror}); see to it that only one run writes here"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        warnings.warn(text, PeckerFastWarning, stacklevel=2)
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

@@ -194,9 +194,7 @@ class Output:
             yield
 
     def _tidy_up(self) -> None:
-        ready = self._own("ready")
-        for left in (ready, *self.folder.glob(f".{escape(ready.name)}.tmp-*")):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(self._own("ready"), ignore_errors=True)
         older = self._own("older")
         for entry in list(older.iterdir()) if older.is_dir() else ():
             if not os.path.lexists(self.folder / entry.name):

@@ -115,8 +115,6 @@ def keep(folder: Path, name: str, result: Result) -> None:
     """
     path = folder / NAME
     with held(path.with_name(f"{NAME}.lock"), wait=True):
-        for left in folder.glob(f".{NAME}.tmp-*"):  # by a run that was killed here
-            left.unlink()
         results = {each: of for each, of in (read(folder) | {name: result}).items() if of.entries}
         if not results:
             path.unlink(missing_ok=True)
