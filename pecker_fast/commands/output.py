@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,9 @@ class Destination:
             yield folder
             self._write_flags(folder)
 
-    def extended(self) -> Any:
-        """See `Output.extended`."""
-        return self._output_with(replace=True).extended()
+    def extended(self) -> AbstractContextManager[Path]:
+        """See `Output.extended`; there was room for the result, and what is added is small."""
+        return replace(self._output_with(replace=True), needs_bytes=0).extended()
 
     @property
     def file_name(self) -> str:
