@@ -10,14 +10,19 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 STAMP := .venv/.installed
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test bench lint sanitize clean
+.PHONY: demo test soak bench lint sanitize clean
 
 demo: $(STAMP)
-	.venv/bin/pecker-fast demo --output_dir runs/demo
+	.venv/bin/pecker-fast demo --output_dir runs/demo --overwrite
 
 # Files are shared out in their order: those with few tests, which would come last otherwise, are the longest.
 test: $(STAMP)
 	.venv/bin/python -m pytest -q -n logical --dist loadfile --no-loadscope-reorder
+
+# A training is killed at any moment, again and again, and must end as one that never was.
+KILLS ?= 200
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 .venv/bin/python tests/soak.py --kills $(KILLS)
 
 bench: $(STAMP)
 	.venv/bin/python -m pytest benchmarks/ --benchmark-only

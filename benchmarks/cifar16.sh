@@ -10,9 +10,9 @@ here=$(cd "$(dirname "$0")" && pwd)
 command=("$python" -m pecker_fast)
 
 [[ -d $out/data ]] || "$python" "$here/cifar16.py" "$source" "$out/data"
-[[ -d $out/teacher ]] || "${command[@]}" pretrain --train_data_dir "$out/data" --width 24 --max_train_steps 5000 \
+[[ -f $out/teacher/config.json ]] || "${command[@]}" pretrain --train_data_dir "$out/data" --width 24 --max_train_steps 5000 \
   --train_batch_size 64 --learning_rate 2e-3 --output_dir "$out/teacher"
-[[ -d $out/judge ]] || "${command[@]}" judge --train_data_dir "$out/data" --width 16 --augment --max_train_steps 1000 \
+[[ -f $out/judge/config.json ]] || "${command[@]}" judge --train_data_dir "$out/data" --width 16 --augment --max_train_steps 1000 \
   --train_batch_size 64 --output_dir "$out/judge"
 OMP_NUM_THREADS=1 "${command[@]}" compare --pretrained_model_name_or_path "$out/teacher" --judge "$out/judge" \
   --train_data_dir "$out/data" --forget_class 0 --tuning_class 2 --methods sfd pecker random --seeds 0 1 2 \

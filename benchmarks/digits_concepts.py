@@ -140,8 +140,8 @@ class Study:
         """The delta applied to the original is the result, and reverted from it the original, to the bit."""
         before, after, delta = self.pipeline, folder / "model", folder / "delta"
         applied, reverted = folder / "applied", folder / "reverted"
-        pecker_fast("delta", "apply", "--model", before, "--delta", delta, "--output_dir", applied)
-        pecker_fast("delta", "revert", "--model", after, "--delta", delta, "--output_dir", reverted)
+        pecker_fast("delta", "apply", "--model", before, "--delta", delta, "--output_dir", applied, "--overwrite")
+        pecker_fast("delta", "revert", "--model", after, "--delta", delta, "--output_dir", reverted, "--overwrite")
         return {
             "applied_bit_for_bit": same(applied, after),
             "reverted_bit_for_bit": same(reverted, before),

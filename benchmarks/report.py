@@ -3,8 +3,8 @@
 No figure of a table is typed by hand.
 
 python -m pytest benchmarks/ --benchmark-only --rows benchmarks/results/cpu/kernels.json
-pecker-fast demo --output_dir runs/demo && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
-pecker-fast demo --mask_density 0.1 --output_dir runs/sparser  # and its metrics.json as demo_density_0.1.json
+pecker-fast demo --output_dir runs/demo --overwrite && cp runs/demo/metrics.json benchmarks/results/cpu/demo.json
+pecker-fast demo --mask_density 0.1 --output_dir runs/sparser --overwrite  # metrics.json: demo_density_0.1.json
 python benchmarks/digits_concepts.py --output_dir OUT --seeds 1 2 3 --results_dir docs/results/concepts
 python benchmarks/count_text_to_image.py && python benchmarks/step_text_to_image.py
 benchmarks/gpu.sh OUT  # on a machine with a GPU; its optimizer.json, wgrad.json, ... as benchmarks/results/<gpu>/*.json

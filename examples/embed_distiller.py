@@ -67,7 +67,7 @@ def main(max_train_steps: int = 20, output_dir: Path = Path("runs/embedded")) ->
                 torch.save(distiller.state_dict(), output_dir / "their_checkpoint.pt")
 
     distiller.load_state_dict(torch.load(output_dir / "their_checkpoint.pt", weights_only=True))  # and they resume
-    distiller.save(output_dir / "result")
+    distiller.save(output_dir / "result", overwrite=True)
     print(f"{len(log)} lines in {output_dir / 'their_log.jsonl'}, the model in {output_dir / 'result' / 'model'}")
     return log
 

@@ -48,7 +48,8 @@ def erase(
     if short and retain_prompts is None:
         retain = output_dir / "retain.txt"
         retain.write_text("\n".join(SHORT_RETAIN))
-    flags = ["--pretrained_model_name_or_path", pipeline, "--method", method, "--output_dir", output_dir / "out"]
+    flags = ["--pretrained_model_name_or_path", pipeline, "--method", method]
+    flags += ["--output_dir", output_dir / "out", "--overwrite"]
     flags += ["--erase_concept", person, "--forget_prompts", forget, "--retain_prompts", retain]
     if method != "esd":  # which takes its target from what guidance says of the prompt itself
         flags += ["--override_concept", becomes]

@@ -58,7 +58,8 @@ def erase(
     for name, lines in files.items():
         (output_dir / f"{name}.txt").write_text("\n".join(lines))
     own = output_dir / "retain.txt" if short else Path(__file__).with_name("retain_prompts.txt")
-    flags = ["--pretrained_model_name_or_path", pipeline, "--method", method, "--output_dir", output_dir / "out"]
+    flags = ["--pretrained_model_name_or_path", pipeline, "--method", method]
+    flags += ["--output_dir", output_dir / "out", "--overwrite"]
     flags += ["--forget_prompts", output_dir / "forget.txt", "--retain_prompts", retain_prompts or own]
     if method != "esd":  # which takes its target from what guidance says of the prompt itself
         flags += ["--override_prompts", output_dir / "override.txt"]

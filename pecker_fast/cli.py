@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from pecker_fast import config_file
 from pecker_fast.commands import Outcome
 from pecker_fast.commands.notes import listening
 from pecker_fast.commands.together import COMMANDS, UNEXPECTED, Ended, launched
@@ -131,24 +130,10 @@ def _report(ended: Ended, options: argparse.Namespace) -> int:
     if ended.outcome.warning is not None:
         _warn(options, ended.outcome.warning)
     try:
-        _print(_keep_flags(ended.outcome, options), options)
-    except FileFormatError as error:
-        return _fail(options, error, BAD_FILE)
+        _print(ended.outcome, options)
     except BrokenPipeError:  # the reader of stdout went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return ended.code
-
-
-def _keep_flags(outcome: Outcome, options: argparse.Namespace) -> Outcome:
-    """Commands that write a folder leave there what runs them again, and a dry run says so."""
-    folder = getattr(options, "output_dir", None)
-    if folder is None or outcome.values.get("cached"):  # it was all there before
-        return outcome
-    if options.dry_run:
-        writes = [*outcome.values["would_write"], str(folder / config_file.NAME)]
-        return replace(outcome, values={**outcome.values, "would_write": writes})
-    config_file.write(folder, options.parser, options)
-    return outcome
 
 
 def _print(outcome: Outcome, options: argparse.Namespace) -> None:

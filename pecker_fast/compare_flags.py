@@ -15,6 +15,7 @@ from pecker_fast.flags import (
     device_flag,
     forget_flag,
     new_command,
+    overwrite_flag,
     positive_float,
     positive_int,
     seed,
@@ -71,6 +72,7 @@ def compare_command(commands: Any) -> None:
         help="also log what the gradients look like, under the mask and outside it",
     )
     add("--output_dir", type=Path, default=Path("runs/compare"), metavar="DIR", help="(runs/compare)")
+    overwrite_flag(parser)
     _task_flags(parser)
     cache_flags(parser)
     device_flag(parser)

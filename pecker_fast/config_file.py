@@ -131,8 +131,20 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def write(folder: str | os.PathLike[str], parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def write(
+    folder: str | os.PathLike[str],
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    *,
+    shown: str | os.PathLike[str] | None = None,
+) -> None:
     """Write every flag with its value to ``config.yaml`` in a folder, so that ``--config`` runs the same again.
+
+    Args:
+        folder: Where to.
+        parser: Of the command.
+        options: Its flags.
+        shown: What the folder will be called, if it is another name.
 
     Raises:
         FileFormatError: It cannot be written.
@@ -142,7 +154,7 @@ def write(folder: str | os.PathLike[str], parser: argparse.ArgumentParser, optio
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120, allow_unicode=True)
     with atomic_file(path) as unfinished:
         try:
-            unfinished.write_text(f"# {parser.prog} --config {path}\n{text}", encoding="utf-8")
+            unfinished.write_text(f"# {parser.prog} --config {Path(shown or folder) / NAME}\n{text}", encoding="utf-8")
         except OSError as error:
             raise FileFormatError(f"{path}: cannot be written ({error.strerror})") from error
 

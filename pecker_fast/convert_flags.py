@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.flags import new_command, positive_int
+from pecker_fast.flags import new_command, overwrite_flag, positive_int
 
 
 def convert_command(commands: Any) -> None:
@@ -24,6 +24,7 @@ def convert_command(commands: Any) -> None:
     add = parser.add_argument
     add("--from", dest="source", type=Path, required=True, metavar="PATH", help="the file, or the model folder")
     add("--to", dest="output_dir", type=Path, required=True, metavar="DIR", help="the folder to write")
+    overwrite_flag(parser)
     add(
         "--kind",
         choices=("checkpoint", "mask", "diffusers", "sid_lsg"),

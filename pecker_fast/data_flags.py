@@ -11,6 +11,7 @@ from pecker_fast.flags import (
     checkpoint_flags,
     device_flag,
     new_command,
+    overwrite_flag,
     positive_float,
     positive_int,
     seed,
@@ -68,6 +69,7 @@ def pretrain_command(commands: Any) -> None:
     add("--mixed_precision", choices=("no", "bf16"), default="no", help="run the network in this, weights stay (no)")
     add("--seed", type=seed, default=0, metavar="N", help="(0)")
     add("--output_dir", type=Path, required=True, metavar="DIR", help="the model folder to write")
+    overwrite_flag(parser)
     storage_flags(parser)
     checkpoint_flags(parser)
     add("--max_train_seconds", type=positive_float, metavar="S", help="end with a checkpoint after so many (never)")
@@ -93,5 +95,6 @@ def judge_command(commands: Any) -> None:
     add("--learning_rate", type=positive_float, default=3e-3, metavar="X", help="(3e-3)")
     add("--seed", type=seed, default=0, metavar="N", help="(0)")
     add("--output_dir", type=Path, default=Path("judge"), metavar="DIR", help="the classifier's folder (judge)")
+    overwrite_flag(parser)
     storage_flags(parser)
     device_flag(parser)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pecker_fast.flags import new_command
+from pecker_fast.flags import new_command, overwrite_flag
 
 _EXAMPLES = """example:
   pecker-fast delta extract --before teacher --after out/model --mask_path out/mask.safetensors --output_dir three
@@ -75,7 +75,7 @@ def _info(actions: Any) -> None:
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a model folder, or pipeline")
     _deltas_flag(parser)
-    _output_flag(parser, "the model folder to write; may be the same")
+    _output_flag(parser, "the model folder to write")
 
 
 def _deltas_flag(parser: argparse.ArgumentParser) -> None:
@@ -84,3 +84,4 @@ def _deltas_flag(parser: argparse.ArgumentParser) -> None:
 
 def _output_flag(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help=text)
+    overwrite_flag(parser)

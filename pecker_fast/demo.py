@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pecker_fast import report
 from pecker_fast.blocks import Block
-from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.checkpoint import write_json
 from pecker_fast.config import DistillConfig
 from pecker_fast.digits_task import (
     NUM_CLASSES,
@@ -30,6 +30,7 @@ from pecker_fast.flops import count_flops
 from pecker_fast.mask import BlockMask
 from pecker_fast.mask_config import MaskConfig
 from pecker_fast.models import DDPMUNet
+from pecker_fast.output_folder import claim
 
 TARGET = 0.95
 """Unlearning accuracy and retain accuracy at which a run has reached its target."""
@@ -37,6 +38,13 @@ KINDS = {"masked": "saliency", "random": "random", "dense": "dense"}
 """Name of a run -> kind of its mask."""
 EVALUATED = {*range(5, 41, 5), *range(50, 101, 10)}
 """Steps after which a run is evaluated, besides every 25th and the last."""
+
+
+WRITES = (
+    *("report.html", "before_after.png", "curves.png", "saliency.png", "metrics.json"),
+    *("model/", "delta/", "mask.safetensors", "distill_config.json"),
+)
+"""What it puts into its folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,22 +191,25 @@ def plan(config: DemoConfig) -> dict[str, Any]:
     return {"steps": config.steps, "model_parameters": parameters, "runs": settings, "short": config.short}
 
 
-def run_demo(config: DemoConfig, output_dir: Path) -> dict[str, Any]:
+def run_demo(config: DemoConfig, output_dir: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Train or load teacher and judge, erase the digits three times with the same budget, and write what came out.
 
     Args:
         config: What to erase, and how.
         output_dir: Gets report.html, three pictures, metrics.json, model/ and mask.safetensors of the masked run.
+        overwrite: Whether an older result of the demo there may go.
 
     Returns:
         What metrics.json holds.
 
     Raises:
         ValueError: An unknown class, or a density out of range.
-        FileFormatError: ``output_dir`` cannot be written; nothing is left behind.
+        FileFormatError: ``output_dir`` cannot be written, or has an older result or files of yours in the way; nothing
+            has changed then.
     """
     settings = {name: config.distill_config(kind) for name, kind in KINDS.items()}
-    with atomic_folder(output_dir) as folder:  # before the minutes of training: an unwritable place is known at once
+    # Before the minutes of training, so that an unwritable place is known at once.
+    with claim(output_dir, "demo", WRITES, replace=overwrite) as folder:
         data = load_data()
         judge = load_judge(config.cache_dir, config.progress, config.short)
         teacher = load_teacher(config.cache_dir, config.progress, config.short)

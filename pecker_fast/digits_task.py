@@ -128,7 +128,9 @@ def _cached(
     """A trained network by its settings: loaded if it is there, trained and kept if not."""
     folder = _folder(name, settings, cache_dir)
     if not folder.exists():
-        models.save(train(), folder, generation)
+        network = train()
+        with atomic_folder(folder) as unfinished:
+            models.storage.write_model(network, unfinished, generation)
     model = models.load(folder)
     CLASSES.put_on(model)  # which a cache of an older version does not name
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

@@ -94,6 +94,7 @@ def _write(distiller: Distiller, folder: Path, tensors: dict[str, Tensor], more:
         flat, numbers = _state(network_of(distiller, name), optimizer_of(distiller, name))
         record[name] = {"optimizer": numbers, "weights": layout_of(network_of(distiller, name))}
         tensors |= {f"{name}.{key}": tensor for key, tensor in flat.items()}
+    checkpoint_folders.check_replaced(folder, KIND)
     with atomic_folder(folder) as unfinished:
         write_safetensors(unfinished / _TENSORS, tensors)
         for name in NETWORKS:

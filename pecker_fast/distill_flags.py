@@ -15,6 +15,7 @@ from pecker_fast.flags import (
     mask_flags,
     new_command,
     override_flag,
+    overwrite_flag,
     positive_int,
     retain_flag,
     seed,
@@ -148,3 +149,4 @@ def _forgetting_flags(parser: argparse.ArgumentParser) -> None:
 
 def _output_flag(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help=text)
+    overwrite_flag(parser)

@@ -7,12 +7,13 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
+from pecker_fast.checkpoint import StrPath, write_json
 from pecker_fast.classes import Classes
 from pecker_fast.delta import Delta
 from pecker_fast.delta.state import only_weights_changed
 from pecker_fast.mask import BlockMask
 from pecker_fast.models import storage
+from pecker_fast.output_folder import claim
 
 
 class Settings(Protocol):
@@ -52,9 +53,11 @@ def write(
     *,
     settings: str = "distill_config",
     name: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write all of it, or nothing; see ``MaskedDistiller.save``. ``settings`` is what their file is called."""
-    with atomic_folder(folder) as unfinished:
+    writes = ("model", "delta", "mask.safetensors", f"{settings}.json")
+    with claim(folder, f"{type(trained).__name__}.save", writes, replace=overwrite) as unfinished:
         (unfinished / "model").mkdir()
         if only_weights_changed(trained.base, generator):
             delta = _delta(trained, generator, mask, settings, name)

@@ -290,7 +290,7 @@ class MaskedDistiller:
         """Within the block the generator has its running-average weights and is in eval mode."""
         return averaged(self.generator, None if self.mask is None else self.active)
 
-    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> None:
+    def save(self, folder: str | os.PathLike[str], name: str | None = None, *, overwrite: bool = False) -> None:
         """Write ``model/`` (the averaged generator), ``mask.safetensors`` and ``distill_config.json`` into ``folder``.
 
         ``pecker_fast.models.load(folder / "model")`` reads a DDPMUNet back, diffusers' ``from_pretrained`` its own
@@ -299,18 +299,19 @@ class MaskedDistiller:
         that one's dtype and buffers.
 
         Args:
-            folder: Where to; an older one is replaced.
+            folder: Where to; what else is in it stays.
             name: Of the delta, for people; None names the classes.
+            overwrite: Whether an older result there, of this function, may go.
 
         Raises:
-            FileFormatError: The folder cannot be written; an older model in it stays as it was.
+            FileFormatError: The folder cannot be written, or has an older result or files of yours in the way.
             RuntimeError: There is no mask yet.
         """
         if self.mask is None:
             raise RuntimeError("nothing to save: call build_mask() and step() first")
         with self.ranks.first_writes() as mine, self.averaged() as generator:
             if mine:
-                distill_output.write(self, generator, self.mask, folder, name=name)
+                distill_output.write(self, generator, self.mask, folder, name=name, overwrite=overwrite)
 
     @property
     def generation(self) -> dict[str, Any]:

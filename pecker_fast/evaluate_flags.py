@@ -14,6 +14,7 @@ from pecker_fast.flags import (
     device_flag,
     forget_flag,
     new_command,
+    overwrite_flag,
     positive_int,
     retain_flag,
     seed,
@@ -25,7 +26,7 @@ PIPELINE_ONLY = (
     "original protocol prompts concept neighbour_concepts neighbour_prompts unrelated_prompts seeds max_prompts "
     "num_inference_steps guidance_scale eval_batch_size dtype nudenet nudenet_threshold nudenet_labels "
     "nudenet_resolution detector detector_threshold clip_model judge_class neighbour_classes output_dir "
-    "save_images".split()
+    "overwrite save_images".split()
 )
 """Flags that only mean something to pipelines."""
 BUILT_IN = "320n"
@@ -102,6 +103,7 @@ def _prompt_flags(group: Any) -> None:
     add("--eval_batch_size", type=positive_int, default=4, metavar="N", help="images drawn at a time (4)")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the pipeline (float32)")
     add("--output_dir", type=Path, metavar="DIR", help="write results.json, images.jsonl and before_after.png there")
+    overwrite_flag(group)
     add("--save_images", action="store_true", help="and every image as PNG")
 
 

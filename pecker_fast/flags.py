@@ -56,6 +56,11 @@ def new_command(commands: Any, name: str, summary: str, example: str) -> argpars
     return parser
 
 
+def overwrite_flag(parser: argparse.ArgumentParser) -> None:
+    """Whether an older result may go."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an older result of this command")
+
+
 def source_flag(parser: argparse.ArgumentParser) -> None:
     """The model to start from."""
     parser.add_argument(

@@ -20,7 +20,7 @@ def write_manifest(folder: Path, kind: str, version: int) -> None:
     Raises:
         FileFormatError: It cannot be written.
     """
-    files = {path.name: _describe(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {path.name: describe(path) for path in sorted(folder.iterdir()) if path.is_file()}
     whole = {"format": kind, "version": version, "files": files}
     write_json(folder / NAME, whole | {"sha256": _sha256_of_json(whole)})
 
@@ -31,6 +31,18 @@ def has_manifest(folder: Path, kind: str) -> bool:
         return read_json(folder / NAME).get("format") == kind
     except FileFormatError:
         return False
+
+
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Name -> bytes of all files that were written, the manifest included; none where it is damaged.
+
+    Raises:
+        FileFormatError: There is no manifest.
+    """
+    files = read_json(folder / NAME).get("files")
+    if not isinstance(files, dict) or not all(isinstance(file, dict) for file in files.values()):
+        return {}
+    return {name: file.get("bytes", -1) for name, file in files.items()} | {NAME: (folder / NAME).stat().st_size}
 
 
 def check_manifest(folder: Path, kind: str, version: int) -> None:
@@ -55,18 +67,19 @@ def check_manifest(folder: Path, kind: str, version: int) -> None:
         _check_file(folder / name, expected)
 
 
+def describe(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file: "bytes" and "sha256"."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file, but {NAME} lists it; use another folder")
     if path.stat().st_size != expected["bytes"]:
         raise FileFormatError(f"{path}: damaged: {path.stat().st_size} bytes, expected {expected['bytes']}")
-    if _describe(path) != expected:
+    if describe(path) != expected:
         raise FileFormatError(f"{path}: damaged: its SHA-256 is not the one in {NAME}; use another folder")
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _sha256_of_json(values: Mapping[str, Any]) -> str:

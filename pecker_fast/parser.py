@@ -25,6 +25,7 @@ from pecker_fast.flags import (
     mask_flags,
     new_command,
     override_flag,
+    overwrite_flag,
     positive_int,
     retain_flag,
     seed,
@@ -60,6 +61,7 @@ def _demo(commands: Any) -> None:
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the unlearning runs (0)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), metavar="DIR", help="(runs/demo)")
+    overwrite_flag(parser)
     cache_flags(parser)
 
 
@@ -86,6 +88,7 @@ def _mask(commands: Any) -> None:
         metavar="FILE",
         help="(mask.safetensors)",
     )
+    overwrite_flag(parser)
     device_flag(parser)
 
 
@@ -108,6 +111,7 @@ def _sample(commands: Any) -> None:
         metavar="FILE",
         help="npz with images (N, H, W, C) uint8, labels (N,) int64 and class_names, or a grid if it ends in .png",
     )
+    overwrite_flag(parser)
     device_flag(parser)
 
 

@@ -149,6 +149,7 @@ def save(state: State, folder: Path, step: int, seconds: float, extra: Mapping[s
         "rates": [_numbers(rate) for rate in state.rates],
         "extra": extra,
     }
+    checkpoint_folders.check_replaced(folder, KIND)
     with atomic_folder(folder) as unfinished:
         write_safetensors(unfinished / _TENSORS, tensors)
         write_json(unfinished / _RECORD, record)

@@ -34,7 +34,7 @@ def network(folder, names=NAMES, unseen=(), judge=False):
     torch.manual_seed(0)
     model = DigitsClassifier(width=4, num_classes=4) if judge else DDPMUNet(**TINY, num_classes=4)
     Classes(4, names, unseen).put_on(model)
-    models.save(model, folder, None if judge else DDIM)
+    models.save(model, folder, None if judge else DDIM, overwrite=True)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from PIL import Image
 from pecker_fast import BlockMask, NoiseSchedule, models, saliency
 from pecker_fast.cli import main
 from pecker_fast.models import DDPMUNet, DigitsClassifier
+from pecker_fast.written import NAME
 
 MAKING = ("demo", "pretrain", "judge", "mask", "distill", "unlearn")
 COMMANDS = (*MAKING, "sample", "evaluate", "compare", "delta", "convert", "doctor")
@@ -125,7 +126,15 @@ def test_from_training_to_images(here, capsys, untrained_judge):
     result = run("unlearn", *source, *QUICK, *options)
     assert result["trainable_parameters"] == chosen["active"]
     written = {path.name for path in (here / "out").iterdir()}
-    assert written == {"model", "delta", "mask.safetensors", "distill_config.json", "metrics.jsonl", "config.yaml"}
+    assert written == {
+        "model",
+        "delta",
+        "mask.safetensors",
+        "distill_config.json",
+        "metrics.jsonl",
+        "config.yaml",
+        NAME,
+    }
     steps = [json.loads(line) for line in (here / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     run("sample", "--model", "out/model", "--class", *map(str, range(10)), "--num", "9", "--output", "x.npz")
@@ -291,8 +300,11 @@ def test_unknown_command_and_no_command(capsys):
             "truncated or not a safetensors file",
         ),
         (lambda f: (f / "diffusion_pytorch_model.safetensors").unlink(), "no such file"),
-        (lambda f: models.save(DigitsClassifier(), f), "expected a pretrained diffusion model"),
-        (lambda f: models.save(_tiny(), f, {**DDIM, "kind": "one_step", "t_init": 5}), "one-step generator"),
+        (lambda f: models.save(DigitsClassifier(), f, overwrite=True), "expected a pretrained diffusion model"),
+        (
+            lambda f: models.save(_tiny(), f, {**DDIM, "kind": "one_step", "t_init": 5}, overwrite=True),
+            "one-step generator",
+        ),
     ],
 )
 def test_bad_models_are_file_errors(damage, text, here, teacher, capsys):
@@ -312,7 +324,7 @@ def test_missing_model(here, capsys):
 def test_sample_refuses_unknown_classes_and_models_that_cannot_draw(here, teacher, capsys):
     assert main(["sample", "--model", str(teacher), "--class", "10", "--output", "x.npz"]) == 2
     assert "unknown class 10" in _error(capsys, "sample")
-    models.save(DigitsClassifier(), teacher)
+    models.save(DigitsClassifier(), teacher, overwrite=True)
     assert main(["sample", "--model", str(teacher), "--class", "3", "--output", "x.npz"]) == 3
     assert "nothing can be sampled" in _error(capsys, "sample")
     assert not list(here.iterdir())
@@ -383,7 +395,7 @@ def test_unwritable_output(command, here, capsys):
 def test_weights_that_are_nan_are_refused_at_reading(here, teacher, capsys):
     model = _tiny()
     torch.nn.init.constant_(model.conv_out.bias, float("nan"))
-    models.save(model, teacher, DDIM)
+    models.save(model, teacher, DDIM, overwrite=True)
     assert main(["sample", "--model", str(teacher), "--class", "3", "--output", "x.npz"]) == 3
     assert "conv_out.bias has 1 of 1 values NaN or infinite" in _error(capsys, "sample")
     assert _unlearn(teacher, "--mask", "dense", "--output_dir", "out", "--quiet") == 3
@@ -396,7 +408,7 @@ def test_non_finite_values(here, teacher, capsys):
     """Of weights that are finite, and whose outputs are not."""
     model = _tiny()
     torch.nn.init.constant_(model.conv_in.weight, torch.finfo(torch.float32).max)
-    models.save(model, teacher, DDIM)
+    models.save(model, teacher, DDIM, overwrite=True)
     assert main(["sample", "--model", str(teacher), "--class", "3", "--output", "x.npz"]) == 4
     assert "NaN or infinite" in _error(capsys, "sample")
     assert _unlearn(teacher, "--mask", "dense", "--output_dir", "out", "--quiet") == 4

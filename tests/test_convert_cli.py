@@ -54,7 +54,9 @@ def test_a_trained_checkpoint_becomes_a_teacher(here, capsys):
 def test_a_generator_becomes_one(here, capsys):
     values = _convert(capsys, "--from", "early.pth", "--to", "generator")
     assert (values["kind"], values["t_init"], values["sample_shape"]) == ("one_step", 440, [3, 16, 16])
-    assert _convert(capsys, "--from", "early.pth", "--to", "generator", "--t-init", "500")["t_init"] == 500
+    assert (
+        _convert(capsys, "--from", "early.pth", "--to", "generator", "--t-init", "500", "--overwrite")["t_init"] == 500
+    )
     assert main(["sample", "--model", "generator", "--class", "0", "--num", "1", "--output", "x.npz"]) == 0
 
 

@@ -11,6 +11,7 @@ from test_delta import halves, moved, same
 from pecker_fast import Delta, models
 from pecker_fast.cli import main
 from pecker_fast.delta import Ledger
+from pecker_fast.written import NAME
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -56,9 +57,9 @@ def test_there_and_back(here, capsys):
     assert [record.name for record in Ledger.load("both")] == ["da", "db"]
     assert delta("revert", "--model", "both", "--delta", "da", "--output_dir", "only_b") == 0
     assert same(weights("only_b"), weights("../after_b"))
-    assert delta("revert", "--model", "both", "--delta", "da", "db", "--output_dir", "both") == 0  # in place
-    assert same(weights("both"), weights("../base")) and len(Ledger.load("both")) == 0
-    assert (here / "both" / WEIGHTS).read_bytes() == (here.parent / "base" / WEIGHTS).read_bytes()
+    assert delta("revert", "--model", "both", "--delta", "da", "db", "--output_dir", "none") == 0
+    assert same(weights("none"), weights("../base")) and len(Ledger.load("none")) == 0
+    assert (here / "none" / WEIGHTS).read_bytes() == (here.parent / "base" / WEIGHTS).read_bytes()
     assert capsys.readouterr().out == ""
 
 
@@ -82,7 +83,7 @@ def test_other_files_go_along_and_other_weights_do_not(here):
     assert delta("apply", "--model", base, "--delta", "da", "--output_dir", "m") == 0
     names = {path.name for path in (here / "m").iterdir()}
     kept = {"config.json", WEIGHTS, "generation.json", "README.md"}
-    assert names == kept | {"pecker_deltas.json", "config.yaml"}
+    assert names == kept | {"pecker_deltas.json", "config.yaml", NAME}
 
 
 def test_a_diffusers_folder(here):

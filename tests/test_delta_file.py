@@ -19,6 +19,7 @@ from pecker_fast.checkpoint import read_json, write_json
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models import DDPMUNet
+from pecker_fast.written import NAME
 
 CONFIG, PAYLOAD = "pecker_config.json", "pecker_delta.safetensors"
 
@@ -41,7 +42,7 @@ def saved(tmp_path):
 def test_saved_deltas_are_the_same(tmp_path, block, dtype):
     base, after, delta = make(block, dtype)
     delta.save(tmp_path / "new" / "delta")
-    assert {path.name for path in (tmp_path / "new").rglob("*")} == {"delta", CONFIG, PAYLOAD, "README.md"}
+    assert {path.name for path in (tmp_path / "new").rglob("*")} == {"delta", CONFIG, PAYLOAD, "README.md", NAME}
     loaded = Delta.load(tmp_path / "new" / "delta")
     assert loaded.info() == delta.info() and loaded.fingerprints == delta.fingerprints
     assert loaded.mask == delta.mask and loaded.layouts == delta.layouts
@@ -84,7 +85,7 @@ def test_the_size_is_the_density_times_the_model(tmp_path, block):
     assert 1.0 < size / (mask.density * 4 * weights + bits) < 1.03
 
 
-def test_saving_replaces_an_older_delta_or_leaves_it(saved, monkeypatch):
+def test_saving_replaces_an_older_delta_if_asked_to_or_leaves_it(saved, monkeypatch):
     base, after, delta = make("element")
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
 
@@ -94,9 +95,11 @@ def test_saving_replaces_an_older_delta_or_leaves_it(saved, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("pecker_fast.checkpoint.write_tensors", full)
         with pytest.raises(FileFormatError, match="no space left"):
-            delta.save(saved)
+            delta.save(saved, overwrite=True)
+    with pytest.raises(FileFormatError, match="holds a result of Delta.save already"):
+        delta.save(saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-    delta.save(saved)
+    delta.save(saved, overwrite=True)
     assert Delta.load(saved).mask == delta.mask
     (saved.parent / "file").write_text("")
     with pytest.raises(FileFormatError, match="file"):

@@ -10,6 +10,7 @@ import torch
 from pecker_fast import BlockMask, demo, digits_task, models
 from pecker_fast.cli import main
 from pecker_fast.errors import FileFormatError
+from pecker_fast.written import NAME
 
 RUN_KEYS = {
     "density", "steps", "images_seen", "seconds", "mask_seconds", "flops", "unlearning_accuracy",
@@ -30,7 +31,7 @@ def test_everything_is_written(finished):
     out = folder / "out"
     assert {p.name for p in out.iterdir()} == {
         "report.html", "before_after.png", "curves.png", "saliency.png", "metrics.json", "mask.safetensors", "model",
-        "distill_config.json", "delta",
+        "distill_config.json", "delta", NAME,
     }  # fmt: skip
     assert json.loads((out / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert metrics["forget_class"] == [3, 5] and metrics["override_class"] == [8, 6]

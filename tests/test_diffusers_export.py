@@ -10,6 +10,7 @@ from pecker_fast.models import DDPMUNet, DigitsClassifier
 from pecker_fast.models.diffusers_export import FILES, export_diffusers, to_diffusers
 from pecker_fast.models.one_step_scheduler import one_step_scheduler
 from pecker_fast.sampling import ddim_sample, one_step_sample
+from pecker_fast.written import NAME
 
 SCHEDULE = NoiseSchedule.linear()
 
@@ -75,7 +76,7 @@ def test_the_published_architecture_agrees():
 def test_one_euler_step_draws_what_the_generator_draws(tmp_path, digits):
     models.save(digits, tmp_path / "ours", _generation("one_step", t_init=440))
     export_diffusers(tmp_path / "ours", tmp_path / "theirs")
-    assert {path.name for path in (tmp_path / "theirs").iterdir()} == set(FILES)
+    assert {path.name for path in (tmp_path / "theirs").iterdir()} == {*FILES, NAME}
     unet = UNet2DModel.from_pretrained(tmp_path / "theirs")
     scheduler = EulerDiscreteScheduler.from_pretrained(tmp_path / "theirs")
     noise, labels = torch.randn(4, 1, 8, 8), torch.arange(4)

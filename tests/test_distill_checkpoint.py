@@ -262,7 +262,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
     refused(trained(), FileFormatError, "incomplete: KeyError", folder)
     rewrite(record)
     mask = BlockMask.random(unet(), 0.3, "row", seed=5)
-    BlockMask(mask.parameters, mask.total, 0.3).save(folder / "generator_mask.safetensors")
+    BlockMask(mask.parameters, mask.total, 0.3).save(folder / "generator_mask.safetensors", overwrite=True)
     rewrite(record)
     refused(trained(), ValueError, "another generator|values is float32", folder)
 

@@ -11,6 +11,7 @@ from test_distiller import SCHEDULE, config, unet
 from pecker_fast import BlockMask, MaskedDistiller
 from pecker_fast.distill_ranks import Ranks
 from pecker_fast.draws import Batch, Draws
+from pecker_fast.written import NAME
 
 pytestmark = needs_gloo
 
@@ -69,7 +70,7 @@ def test_one_mask_one_all_reduce_for_each_network_and_one_writer(settings, resul
         mask = BlockMask.from_tensors(found["mask"], found["header"])
         assert mask == BlockMask.from_tensors(results[0][settings]["mask"], results[0][settings]["header"])
         assert found["calls"] == found["expected"]
-        assert found["written"] == ["delta", "distill_config.json", "mask.safetensors", "model"]
+        assert found["written"] == [NAME, "delta", "distill_config.json", "mask.safetensors", "model"]
 
 
 def test_a_checkpoint_of_two_ranks_resumes_to_the_bit_and_is_refused_by_one(results):

@@ -277,7 +277,7 @@ def test_the_delta_beside_the_model_leads_from_the_true_score_to_it_and_back(tmp
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in teacher.state_dict().items())
     assert delta.metadata["generation"] == json.loads(json.dumps(distiller.generation))
     distiller.step()  # the live weights have moved on: saving again is a new delta
-    distiller.save(tmp_path)
+    distiller.save(tmp_path, overwrite=True)
     Delta.load(tmp_path / "delta").revert(models.load(tmp_path / "model"))
 
 

@@ -261,7 +261,7 @@ def test_the_command_writes_results_rows_and_pictures(here, folders, capsys, mon
     remember = lambda file, *how: mapped.append(file) or open_memmap(file, *how)  # noqa: E731
     monkeypatch.setattr(np.lib.format, "open_memmap", remember)
     values = run(capsys, *arguments)
-    assert [file.parents[1] for file in mapped] == [here] and not mapped[0].exists()  # not in a folder of the system's
+    assert here in mapped[0].parents and not mapped[0].exists()  # not in a folder of the system's
     written = {path.relative_to(here / "out").as_posix() for path in (here / "out").rglob("*") if path.is_file()}
     images = {f"images/{side}/concept-00001.png" for side in ("before", "after")}
     assert {"results.json", "images.jsonl", "before_after.png", "config.yaml"} | images <= written

@@ -10,11 +10,14 @@ import pecker_fast
 PACKAGE = Path(pecker_fast.__file__).parent
 LAYERS = [
     ["errors", "native", "step_hooks", "frozen_channels", "once", "seal", "memory_meter", "leftovers", "tensor_file"],
-    ["git_lfs", "source_tree"],
+    ["git_lfs", "locks", "source_tree"],
     ["checkpoint", "blocks", "classes", "regions", "settings", "step_metrics", "pickle_machine"],
     ["prompt_text", "foreign_weights"],
     ["mask_config", "config_file", "data", "prompt_files", "torch_file"],
     ["config", "distributed", "scatter", "schedule", "manifest", "prompt_protocols"],
+    ["written"],
+    ["output_check"],
+    ["output_folder"],
     ["ops", "maskable", "sampling", "metrics", "packing", "block_scores", "combine", "terms", "checkpoint_folders"],
     ["selection", "saliency", "functional", "objectives", "flops", "models", "draws", "crossovers"],
     ["weight_costs", "stop_rule", "mask_controls", "html_page", "pretrain_checkpoint", "detectors"],

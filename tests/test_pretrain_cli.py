@@ -68,7 +68,7 @@ def test_what_does_not_go_together_is_refused(pretrain, tmp_path, capsys):
         assert text in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
     assert pretrain("cut", "--max_train_seconds", "9") == 3
-    assert "has checkpoints of an earlier training" in capsys.readouterr().err
+    assert "has checkpoints of an earlier run, the last of step 1; continue it with" in capsys.readouterr().err
     assert pretrain("cut", "--resume_from_checkpoint", "latest") == 0
     assert pretrain("new", "--init", "cut") == 2
     assert "says that 3 of 3 steps are done" in capsys.readouterr().err

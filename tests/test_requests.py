@@ -13,6 +13,7 @@ from pecker_fast.checkpoint import read_safetensors
 from pecker_fast.cli import main
 from pecker_fast.demo import DemoConfig
 from pecker_fast.models import DigitsClassifier
+from pecker_fast.written import NAME
 
 TRAINING = ("--train_batch_size", "4", "--generator_lr", "1e-3", "--t_init", "500", "--quiet")
 SHORT = ("--max_train_steps", "2", "--forget_batch_size", "4", "--mask_batches", "2", "--block", "row", "--quiet")
@@ -71,6 +72,7 @@ def test_what_is_distilled(made):
         "distilled.json",
         "metrics.jsonl",
         "config.yaml",
+        NAME,
     }
     assert models.load_config(made / "distilled" / "model")["generation"]["kind"] == "one_step"
     assert models.load_config(made / "distilled" / "fake_score")["generation"]["kind"] == "ddim"
@@ -114,18 +116,19 @@ def test_the_same_again_returns_at_once(here, capsys, monkeypatch):
         ("teacher", 2, "with true_score = "),
         ("generator", 3, "the weights of its generator are not those that were distilled"),
         ("record", 3, "distilled.json: truncated or not JSON"),
-        ("other", 3, "has a model/ that pecker-fast distill did not write"),
+        ("other", 3, "holds a result of distill already"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(change, code, text, here, capsys):
     if change == "teacher":
-        models.save(_tiny(dropout=0.1).requires_grad_(False), here / "teacher", DDIM)
+        models.save(_tiny(dropout=0.1).requires_grad_(False), here / "teacher", DDIM, overwrite=True)
         torch.manual_seed(1)
         network = models.load(here / "teacher")
         network.conv_in.weight.data.add_(1)
-        models.save(network, here / "teacher", DDIM)
+        models.save(network, here / "teacher", DDIM, overwrite=True)
     elif change == "generator":
         generation = models.load_config(here / "distilled" / "model")["generation"]
+        shutil.rmtree(here / "distilled" / "model")
         models.save(models.load(here / "teacher"), here / "distilled" / "model", generation)
     elif change == "record":
         (here / "distilled" / "distilled.json").write_text("{")
@@ -290,7 +293,7 @@ def test_what_does_not_go_together(label, more, code, text, here, capsys):
 def test_a_request_from_another_model_or_distillation(here, capsys):
     teacher = models.load(here / "teacher")
     teacher.conv_in.weight.data.add_(1)
-    models.save(teacher, here / "teacher", DDIM)
+    models.save(teacher, here / "teacher", DDIM, overwrite=True)
     assert request(5, "out") == 3
     assert "distilled: was distilled from another model than teacher: its true score" in _error(capsys, "unlearn")
     shutil.rmtree(here / "distilled")

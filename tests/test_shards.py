@@ -13,6 +13,7 @@ from pecker_fast.checkpoint import read_json, read_safetensors, write_json, writ
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models import DDPMUNet, DigitsClassifier, load, load_config, save
 from pecker_fast.models.shards import divide
+from pecker_fast.written import NAME
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 FIRST, SECOND = (f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2))
@@ -50,7 +51,7 @@ def same(got, model, through=None, dtype=torch.float32):
 
 def test_pieces_are_small_enough_and_hold_everything_once(model, folder):
     files = sorted(path.name for path in folder.iterdir())
-    assert files == ["config.json", FIRST, SECOND, INDEX]
+    assert files == [NAME, "config.json", FIRST, SECOND, INDEX]
     assert all((folder / name).stat().st_size <= LIMIT for name in (FIRST, SECOND))
     index = read_json(folder / INDEX)
     assert list(index["weight_map"]) == list(model.state_dict())
@@ -79,13 +80,16 @@ def test_either_alone_and_neither(model, tmp_path):
 
 
 def test_an_older_folder_s_files_are_not_read(model, damaged):
-    """Replacing a folder keeps what the new one does not have: config.json says which weights count."""
+    """Those of an older result go; beside other files of weights config.json says which count."""
     other = network()
     with torch.no_grad():
         other.conv_in.bias.fill_(3.0)
-    save(other, damaged)
-    assert (damaged / INDEX).exists() and same(load(damaged), other)
-    save(model, damaged, max_shard_size=LIMIT * 2)
+    save(other, damaged, overwrite=True)
+    assert not list(damaged.glob("*-of-*")) and not (damaged / INDEX).exists() and same(load(damaged), other)
+    (damaged / INDEX).write_text("{}")
+    assert same(load(damaged), other)
+    (damaged / INDEX).unlink()
+    save(model, damaged, max_shard_size=LIMIT * 2, overwrite=True)
     assert same(load(damaged), model)
 
 

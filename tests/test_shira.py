@@ -16,6 +16,7 @@ from pecker_fast import BlockMask, Delta, export_shira
 from pecker_fast.checkpoint import read_json
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
+from pecker_fast.written import NAME
 
 ROOT = Path(__file__).parents[1]
 MASKED = ("a.weight", "mid.1.weight", "out.weight")
@@ -58,6 +59,7 @@ def test_the_format(tmp_path):
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        NAME,
     }
     config, tensors = (
         read_json(tmp_path / "adapter" / "adapter_config.json"),

@@ -14,6 +14,7 @@ from pecker_fast.models import DDPMUNet, DigitsClassifier, generate, load, load_
 from pecker_fast.models.storage import write_model
 from pecker_fast.sampling import ddim_sample, one_step_sample
 from pecker_fast.schedule import NoiseSchedule
+from pecker_fast.written import NAME
 
 ONE_STEP = {
     "kind": "one_step",
@@ -51,6 +52,7 @@ def test_saved_model_loads_bit_for_bit(tmp_path, dtype):
     model = _tiny().to(dtype, memory_format=torch.channels_last)
     save(model, tmp_path / "m", ONE_STEP)
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
+        NAME,
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]

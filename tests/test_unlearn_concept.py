@@ -274,7 +274,7 @@ def test_what_trained_stays_when_drawing_fails(error, code, told, here, untraine
 )
 def test_before_is_what_the_training_started_from(flags, folder, one_step, parts, caption, here, plain, untrained):
     (here / "threes.txt").write_text("the three\n")
-    out = unlearn("drawn", *PECKER, *flags, "--num_validation_images", "1", "--validation_steps", "2")
+    out = unlearn("drawn", *PECKER, *flags, "--overwrite", "--num_validation_images", "1", "--validation_steps", "2")
     before, after = untrained
     assert (before[:2], set(before[2])) == ((folder, one_step), parts) and after == ("drawn/model", True, {})
     if "unet" in parts:  # with what the earlier erasure changed

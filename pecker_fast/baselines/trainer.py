@@ -271,21 +271,24 @@ class Baseline:
             "sample_shape": list(self.config.sample_shape),
         }
 
-    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> None:
+    def save(self, folder: str | os.PathLike[str], name: str | None = None, *, overwrite: bool = False) -> None:
         """Write ``model/``, ``mask.safetensors``, ``baseline_config.json`` and, where it can be, ``delta/``.
 
         Args:
-            folder: Where to; an older one is replaced.
+            folder: Where to; what else is in it stays.
             name: Of the delta, for people; None names the classes.
+            overwrite: Whether an older result there, of this function, may go.
 
         Raises:
-            FileFormatError: The folder cannot be written; an older model in it stays as it was.
+            FileFormatError: The folder cannot be written, or has an older result or files of yours in the way.
             RuntimeError: There is no mask yet.
         """
         if self.mask is None:
             raise RuntimeError("nothing to save: call build_mask() and step() first")
         with self.averaged() as network:
-            distill_output.write(self, network, self.mask, folder, settings="baseline_config", name=name)
+            distill_output.write(
+                self, network, self.mask, folder, settings="baseline_config", name=name, overwrite=overwrite
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: tensors, numbers and strings only."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pecker_fast.checkpoint import atomic_file
 from pecker_fast.commands.concept_job import Job
+from pecker_fast.commands.output import Destination
 from pecker_fast.concepts.card import PICTURE, Card
 from pecker_fast.concepts.pictures import Drawing, draw, grid
 from pecker_fast.config import DistillConfig
@@ -31,11 +31,12 @@ class Pictures:
     failed: str | None = None
 
 
-def add_pictures(job: Job, card: Card, tensors: Mapping[str, Tensor]) -> Pictures:
+def add_pictures(job: Job, output: Destination, card: Card, tensors: Mapping[str, Tensor]) -> Pictures:
     """Draw them into ``model/`` of the finished result, and say so in its card; what is there stays, come what may.
 
     Args:
         job: What was done.
+        output: Where it is.
         card: As it was written, without pictures.
         tensors: The weights that the training started from.
 
@@ -49,19 +50,27 @@ def add_pictures(job: Job, card: Card, tensors: Mapping[str, Tensor]) -> Picture
     gc.collect()  # the networks that trained
     model = options.output_dir / "model"
     try:
-        _write(job, model, tensors)
+        picture = _draw(job, model, tensors)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"{options.output_dir} is complete, but for pictures") from interrupt
     except (
         Exception
     ) as error:  # of the libraries that draw, or no memory left: no reason to lose what trained for hours
-        replace(card, undrawn=type(error).__name__).write(model)
+        _write(output, replace(card, undrawn=type(error).__name__), None)
         return Pictures(failed=f"{type(error).__name__}: {error}")
-    replace(card, picture=_caption(job)).write(model)
+    _write(output, replace(card, picture=_caption(job)), picture)
     return Pictures(model / PICTURE)
 
 
-def _write(job: Job, model: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write(output: Destination, card: Card, picture: Any | None) -> None:
+    with output.extended() as folder:
+        (folder / "model").mkdir()
+        card.write(folder / "model")
+        if picture is not None:
+            picture.save(folder / "model" / PICTURE, format="png")
+
+
+def _draw(job: Job, model: Path, tensors: Mapping[str, Tensor]) -> Any:
     options = job.options
     drawing = Drawing(
         tuple(options.validation_prompts or [*job.erasure.forget[:2], *job.plan.retained_texts[:2]]),
@@ -75,8 +84,7 @@ def _write(job: Job, model: Path, tensors: Mapping[str, Tensor]) -> None:
     after = draw(model, drawing, one_step=job.one_step)
     left = "before" if job.start is job.base and not job.earlier else "start"
     titles = f"{left}, {_steps(job, _one_step_before(job))}", f"after, {_steps(job, job.one_step)}"
-    with atomic_file(model / PICTURE) as unfinished:
-        grid(drawing.prompts, before, after, titles).save(unfinished, format="png")
+    return grid(drawing.prompts, before, after, titles)
 
 
 def _parts(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

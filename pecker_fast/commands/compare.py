@@ -9,6 +9,12 @@ from typing import Any
 from pecker_fast.classes import Classes
 from pecker_fast.commands import Outcome, comparing, dry_run
 from pecker_fast.commands.classes import chosen
+from pecker_fast.commands.output import Destination
+
+_WRITES = (
+    *("compare.json", "runs.jsonl", "table.md", "quality.png", "curves.png", "samples.png", "report.html"),
+    "samples",
+)
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -27,9 +33,11 @@ def run(options: argparse.Namespace) -> Outcome:
         not options.quiet,
         options.diagnostics,
     )
+    output = Destination(options, _WRITES)
     if options.dry_run:
-        return _dry_run(options, harness, classes)
-    results = harness.run(options.output_dir)
+        return _dry_run(output, harness, classes)
+    with output.grown() as folder:
+        results = harness.run(folder)
     made = tables.every(results)
     text = "\n\n".join(f"{table.title}\n{table.text()}" for table in made)
     values = {
@@ -76,10 +84,9 @@ def _plan(options: argparse.Namespace, classes: Classes) -> Any:
     )
 
 
-def _dry_run(options: argparse.Namespace, harness: Any, classes: Classes) -> Outcome:
+def _dry_run(output: Destination, harness: Any, classes: Classes) -> Outcome:
     plan = harness.plan
     factors = dict.fromkeys(harness.known, 1.0)
     runs = {"tuning": len(plan.tuning(harness.known)), "reported": len(plan.reported(harness.known, factors))}
-    names = ("compare.json", "runs.jsonl", "table.md", "quality.png", "curves.png", "samples.png", "report.html")
     named = {"forget_class_names": classes.names_of(plan.forget)}
-    return dry_run({**vars(plan), **named, "runs": runs}, {}, [str(options.output_dir / name) for name in names])
+    return dry_run({**vars(plan), **named, "runs": runs}, {}, output.planned())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from pecker_fast import models
-from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.output import Destination, bytes_of
 from pecker_fast.models import diffusers_export, pipeline_files, sid_lsg
 from pecker_fast.models.published import PublishedCheckpoint, load_published
 from pecker_fast.models.storage import CONFIG_NAME, WEIGHTS_NAME
@@ -54,10 +53,12 @@ def _checkpoint(options: argparse.Namespace) -> Outcome:
     generation = _generation(options, found)
     parameters = {"model": sum(parameter.numel() for parameter in found.model.parameters())}
     settings = {"from": str(options.source), "which": found.which, "step": found.step}
+    output = Destination(options, (CONFIG_NAME, WEIGHTS_NAME), bytes_of(found.model.parameters()))
     if options.dry_run:
         shown = settings | {"architecture": found.model.config, "generation": generation}
-        return dry_run(shown, parameters, _files(options, CONFIG_NAME, WEIGHTS_NAME))
-    models.save(found.model, options.output_dir, generation)
+        return dry_run(shown, parameters, output.planned())
+    with output.folder() as folder:
+        models.save(found.model, folder, generation)
     values = {"output_dir": str(options.output_dir), **settings, "parameters": parameters["model"], **generation}
     how = f"in one step from timestep {generation['t_init']}" if found.one_step else "by DDIM"
     text = f"{found.which} of {options.source}: {parameters['model']:,} weights, which draw {how}."
@@ -85,10 +86,11 @@ def _generation(options: argparse.Namespace, found: PublishedCheckpoint) -> dict
 
 def _mask(options: argparse.Namespace) -> Outcome:
     mask = load_salun_mask(options.source, image_size=options.resolution)
+    output = Destination(options, (MASK_NAME,))
     if options.dry_run:
         settings = {"from": str(options.source), "density": mask.density}
-        return dry_run(settings, {"model": mask.total, "active": mask.numel}, _files(options, MASK_NAME))
-    with atomic_folder(options.output_dir) as folder:
+        return dry_run(settings, {"model": mask.total, "active": mask.numel}, output.planned())
+    with output.folder() as folder:
         mask.save(folder / MASK_NAME)
     values = {
         "output_dir": str(options.output_dir),
@@ -104,10 +106,12 @@ def _diffusers(options: argparse.Namespace) -> Outcome:
     exported = diffusers_export.Exported.read(options.source)
     parameters = sum(parameter.numel() for parameter in exported.unet.parameters())
     name = type(exported.unet).__name__
+    output = Destination(options, diffusers_export.FILES, bytes_of(exported.unet.parameters()))
     if options.dry_run:
         settings = {"from": str(options.source), "class": name, "scheduler": type(exported.scheduler).__name__}
-        return dry_run(settings, {"unet": parameters}, _files(options, *diffusers_export.FILES))
-    exported.save(options.output_dir)
+        return dry_run(settings, {"unet": parameters}, output.planned())
+    with output.folder() as folder:
+        exported.save(folder)
     values = {"output_dir": str(options.output_dir), "class": name, "parameters": parameters}
     text = f"{name}.from_pretrained({str(options.output_dir)!r}) predicts what {options.source} does."
     return Outcome(values, text)
@@ -122,17 +126,15 @@ def _sid_lsg(options: argparse.Namespace) -> Outcome:
         digest = hashlib.file_digest(file, "sha256").hexdigest()  # the file has no checksums of its own
     settings = {"from": str(options.source), "base": str(options.base), "t_init": t_init, "dtype": dtype}
     settings |= {"sha256": digest}
+    room = bytes_of(generator.weights.values())
+    output = Destination(options, ("unet/", "scheduler/", pipeline_files.INDEX), room)
     if options.dry_run:
-        files = (f"unet/{WEIGHTS_NAME}", str(pipeline_files.SCHEDULER), pipeline_files.INDEX)
-        return dry_run(settings, {"unet": parameters}, _files(options, *files))
-    generator.save(options.output_dir)
+        return dry_run(settings, {"unet": parameters}, output.planned())
+    with output.folder() as folder:
+        generator.save(folder)
     values = {"output_dir": str(options.output_dir), **settings, "parameters": parameters}
     text = (
         f"{options.source}: {parameters:,} weights, SHA-256 {digest}.\nA pipeline that draws in one step from timestep "
         f"{t_init}, with guidance_scale=0: {options.output_dir}."
     )
     return Outcome(values, text)
-
-
-def _files(options: argparse.Namespace, *names: str) -> list[str]:
-    return [str(Path(options.output_dir) / name) for name in names]

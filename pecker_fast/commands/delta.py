@@ -11,6 +11,7 @@ from typing import Any
 from pecker_fast.classes import Classes
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.classes import same_classes
+from pecker_fast.commands.output import Destination, bytes_of
 from pecker_fast.commands.weights import ModelFolder
 from pecker_fast.delta import Delta
 from pecker_fast.delta import file as delta_file
@@ -38,11 +39,13 @@ def _extract(options: argparse.Namespace) -> Outcome:
         delta = Delta.extract(before.weights, after.weights, mask, **given)
     except ValueError as error:
         raise FileFormatError(f"{options.before} and {options.after}: {error}") from error
+    room = bytes_of(delta.payload.values())
+    output = Destination(options, (delta_file.PAYLOAD_NAME, delta_file.CONFIG_NAME, "README.md"), room)
     if options.dry_run:
         settings = {"before": str(options.before), "after": str(options.after), "name": name}
-        files = [delta_file.PAYLOAD_NAME, delta_file.CONFIG_NAME, "README.md"]
-        return dry_run(settings, _sizes(delta), [str(options.output_dir / file) for file in files])
-    delta.save(options.output_dir)
+        return dry_run(settings, _sizes(delta), output.planned())
+    with output.folder() as folder:
+        delta.save(folder)
     values = {"output_dir": str(options.output_dir), **_values(delta, options.output_dir)}
     return Outcome(values, f"{delta!r}\nWritten to {options.output_dir}.")
 
@@ -62,11 +65,12 @@ def _switch(options: argparse.Namespace) -> Outcome:
         except ValueError as error:
             raise FileFormatError(f"{options.model} and {folder}: {error}") from error
     carried = [record.name for record in model.ledger.holding(model.weights)]
+    output = Destination(options, model.writes, bytes_of(model.weights.values()))
     if options.dry_run:
         settings = {"model": str(options.model), options.action: [str(folder) for folder in options.delta]}
-        writes = [str(options.output_dir / file) for file in model.writes(scheduler)]
-        return dry_run(settings, _sizes(*deltas), writes)
-    model.write(options.output_dir, scheduler)
+        return dry_run(settings, _sizes(*deltas), output.planned())
+    with output.folder() as folder:
+        model.write(folder, scheduler)
     names = ", ".join(delta.record.label for delta in deltas)
     text = f"{'Applied' if applied else 'Reverted'} {names}."
     values = {"output_dir": str(options.output_dir), "weights": _sizes(*deltas)["changed"], "carried": carried}

@@ -7,6 +7,7 @@ import dataclasses
 
 from pecker_fast.commands import Outcome
 from pecker_fast.commands.classes import chosen
+from pecker_fast.commands.output import Destination
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -25,11 +26,12 @@ def run(options: argparse.Namespace) -> Outcome:
         cache_dir=options.cache_dir,
         progress=not options.quiet,
     )
+    output = Destination(options, demo.WRITES)
     if options.dry_run:
         settings = dataclasses.asdict(config) | {"cache_dir": str(config.cache_dir or digits_task.default_cache_dir())}
-        names = ("report.html", "before_after.png", "curves.png", "saliency.png", "metrics.json", "model/")
-        writes = [str(options.output_dir / name) for name in (*names, "mask.safetensors")]
-        return Outcome({"dry_run": True, "settings": settings, "plan": demo.plan(config), "would_write": writes})
-    metrics = demo.run_demo(config, options.output_dir)
+        plan = {"settings": settings, "plan": demo.plan(config), "would_write": output.planned()}
+        return Outcome({"dry_run": True, **plan})
+    with output.folder() as folder:
+        metrics = demo.run_demo(config, folder)
     page = options.output_dir / "report.html"
     return Outcome(metrics, f"{report.table(metrics)}\n\nOpen {page} for the pictures and what the numbers mean.")

@@ -8,11 +8,12 @@ from typing import Any
 
 from pecker_fast import distilled
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.output import Destination, bytes_of, bytes_of_checkpoints
 from pecker_fast.commands.resuming import Training
 from pecker_fast.commands.source import distill_config, load_source
-from pecker_fast.commands.together import group_of, is_first, output_folder
+from pecker_fast.commands.together import group_of, is_first
+from pecker_fast.distill_checkpoint import KIND
 from pecker_fast.distiller import MaskedDistiller
-from pecker_fast.errors import FileFormatError
 
 _WRITES = ("model/", "fake_score/", distilled.CONFIG, distilled.RECORD, "metrics.jsonl")
 
@@ -22,17 +23,18 @@ def run(options: argparse.Namespace) -> Outcome:
     source = load_source(options.pretrained_model_name_or_path, options.device)
     config = distill_config(options, source, forget=(), mask={"kind": "dense"})
     settings = distilled.wanted(config, source.schedule, source.model, options.max_train_steps)
-    if (seconds := _done(options, settings)) is not None:
+    if not options.overwrite and (seconds := _done(options, settings)) is not None:
         text = f"{options.output_dir}: distilled already, with these settings and from this model."
         return Outcome(_values(options, source.parameters, seconds, cached=True), text)
     training = Training(options)
     training.check()
+    room = 2 * bytes_of(source.model.parameters()) + bytes_of_checkpoints(options, 2 * source.parameters)
+    output = Destination(options, _WRITES, room, KIND)
     if options.dry_run:
         more = ("checkpoint-*/",) if options.checkpointing_steps else ()
-        writes = [str(options.output_dir / name) for name in (*_WRITES, *more)]
-        return dry_run(settings, {"model": source.parameters, "active": source.parameters}, writes)
+        return dry_run(settings, {"model": source.parameters, "active": source.parameters}, output.planned(*more))
 
-    with output_folder(options.output_dir, options) as folder:
+    with output.folder() as folder:
         distiller = MaskedDistiller(source.model, source.schedule, config, process_group=group_of(options))
         training.resume(distiller)
         if distiller.mask is None:
@@ -55,10 +57,6 @@ def _done(options: argparse.Namespace, settings: dict[str, Any]) -> float | None
     """Seconds that it took where it was done before; None where it was not."""
     folder = options.output_dir
     if not (folder / distilled.RECORD).is_file():
-        if (folder / "model").exists():
-            raise FileFormatError(
-                f"{folder}: has a model/ that pecker-fast distill did not write; choose another folder"
-            )
         return None
     distilled.check_same(distilled.read_record(folder), settings, folder)
     return float(distilled.load(folder).record["seconds"])

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.checkpoint import write_json
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.concept_pictures import GRID, ConceptPictures
 from pecker_fast.commands.concept_prompts import prompt_sets
+from pecker_fast.commands.output import Destination
 from pecker_fast.commands.source import fields_of, torch_device
 from pecker_fast.concept_evaluation import ConceptEvaluation, DrawSettings, check_folders, evaluate_concept
 from pecker_fast.detectors import Classifier, ClipScore, Detector, NudeNet, load_detector
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> Outcome:
             original=options.original,
             settings=settings,
             on_images=None if pictures is None else pictures.add,
-            scratch=None if folder is None else folder.parent,
+            scratch=folder,
         )
         if folder is not None and pictures is not None:
             pictures.write()
@@ -95,7 +96,11 @@ def detectors(options: argparse.Namespace) -> dict[str, Detector]:
 
 
 def _output(options: argparse.Namespace) -> AbstractContextManager[Path | None]:
-    return nullcontext() if options.output_dir is None else atomic_folder(options.output_dir)
+    return nullcontext() if options.output_dir is None else _destination(options).folder()
+
+
+def _destination(options: argparse.Namespace) -> Destination:
+    return Destination(options, (RESULTS, ROWS, GRID, *(("images/",) if options.save_images else ())))
 
 
 def _write(folder: Path, evaluation: ConceptEvaluation) -> None:
@@ -117,9 +122,7 @@ def _planned(
         "detectors": {name: detector.describe() for name, detector in found.items()},
         "sampling": {side: vars(sampling) for side, sampling in samplings.items()},
     }
-    folder = options.output_dir
-    writes = [] if folder is None else [str(folder / name) for name in (RESULTS, ROWS, GRID)]
-    return dry_run(settings, {}, [*writes, f"{folder}/images/"] if options.save_images else writes)
+    return dry_run(settings, {}, [] if options.output_dir is None else _destination(options).planned())
 
 
 def _text(values: Mapping[str, Any]) -> str:

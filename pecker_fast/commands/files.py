@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -17,19 +16,6 @@ from pecker_fast.data.npz import read_npz
 from pecker_fast.errors import FileFormatError
 
 Pixels = npt.NDArray[np.uint8]
-
-
-def check_writable(file: Path) -> None:
-    """Refuse early what could not be written after minutes of work.
-
-    Raises:
-        FileFormatError: ``file`` is a folder, or its folder cannot be written or made.
-    """
-    if file.is_dir():
-        raise FileFormatError(f"{file}: is a folder, but a file is to be written; name a file in it")
-    parent = next(folder for folder in Path(os.path.abspath(file)).parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise FileFormatError(f"{file}: cannot write into {parent}; choose another folder")
 
 
 def write_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:

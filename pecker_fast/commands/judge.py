@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from pecker_fast import models
-from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.checkpoint import write_json
 from pecker_fast.classes import Classes
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.output import Destination, bytes_of
 from pecker_fast.commands.source import torch_device
-from pecker_fast.commands.storing import storage_of
+from pecker_fast.commands.storing import storage_of, weights_name
 from pecker_fast.commands.training_data import load_training_data
 from pecker_fast.data import ImageData
 from pecker_fast.evaluation import predict
@@ -45,10 +46,10 @@ def run(options: argparse.Namespace) -> Outcome:
     classes = {"classes": list(data.class_names), "classes_without_images": list(Classes.of_images(train).unseen)}
     summary = {"images": len(train), "held_out_images": len(held_out), **classes, **settings}
     parameters = {"model": sum(parameter.numel() for parameter in judge.parameters())}
+    output = Destination(options, ("config.json", weights_name(options), REPORT_NAME), bytes_of(judge.parameters()))
     if options.dry_run:
-        names = ("config.json", "diffusion_pytorch_model.safetensors", REPORT_NAME)
-        return dry_run(summary, parameters, [str(options.output_dir / name) for name in names])
-    with atomic_folder(options.output_dir) as folder:
+        return dry_run(summary, parameters, output.planned())
+    with output.folder() as folder:
         train_classifier(judge, train, progress=not options.quiet, **settings)
         stored = storage_of(options)
         if stored["dtype"] is not None:  # so that what is measured is what is stored

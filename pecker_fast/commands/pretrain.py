@@ -10,17 +10,19 @@ from typing import Any
 import torch
 
 from pecker_fast import models
-from pecker_fast.checkpoint import atomic_folder, write_json
+from pecker_fast.checkpoint import write_json
 from pecker_fast.classes import Classes
 from pecker_fast.commands import Outcome, dry_run
+from pecker_fast.commands.output import Destination, bytes_of
 from pecker_fast.commands.pretraining import REPORT_NAME, Earlier, checkpoints_of, machine
 from pecker_fast.commands.source import torch_device
-from pecker_fast.commands.storing import storage_of
+from pecker_fast.commands.storing import storage_of, weights_name
 from pecker_fast.commands.training_data import load_training_data
 from pecker_fast.data import ImageData
 from pecker_fast.errors import OutOfTimeError
 from pecker_fast.models import DDPMUNet
 from pecker_fast.pretrain import train_denoiser
+from pecker_fast.pretrain_checkpoint import KIND
 from pecker_fast.schedule import NoiseSchedule
 
 _SMALL = 8
@@ -54,18 +56,18 @@ def run(options: argparse.Namespace) -> Outcome:
     summary: dict[str, Any] = {"images": len(data), "classes": list(data.class_names), **settings}
     summary["mixed_precision"] = options.mixed_precision
     earlier = Earlier.of(options, model, summary)
+    names = ("config.json", weights_name(options), REPORT_NAME)
+    output = Destination(options, names, bytes_of(model.parameters()), KIND)
     if options.dry_run:
-        names = ("config.json", "diffusion_pytorch_model.safetensors", REPORT_NAME)
-        writes = [str(options.output_dir / name) for name in names]
-        return dry_run(
-            {**summary, **_unseen(data), "architecture": architecture, "generation": generation}, parameters, writes
-        )
-    report = _train(options, model, data, schedule, generation, earlier, settings, summary)
+        shown = {**summary, **_unseen(data), "architecture": architecture, "generation": generation}
+        return dry_run(shown, parameters, output.planned())
+    report = _train(options, output, model, data, schedule, generation, earlier, settings, summary)
     return Outcome({"output_dir": str(options.output_dir), "parameters": parameters, **report})
 
 
 def _train(
     options: argparse.Namespace,
+    output: Destination,
     model: DDPMUNet,
     data: ImageData,
     schedule: NoiseSchedule,
@@ -77,7 +79,7 @@ def _train(
     """Train and write the folder; out of time, that of the average so far, before the error goes on."""
     started, ended = time.monotonic(), None
     done: int = options.max_train_steps
-    with atomic_folder(options.output_dir) as folder, checkpoints_of(options, earlier) as checkpoints:
+    with output.folder() as folder, checkpoints_of(options, earlier) as checkpoints:
         try:
             trained: Any = train_denoiser(
                 model,

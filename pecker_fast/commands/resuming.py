@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from pecker_fast.checkpoint_folders import LATEST, finished
+from pecker_fast.checkpoint_folders import LATEST, remove_oldest
 from pecker_fast.commands.judging import Stop
 from pecker_fast.distill_checkpoint import KIND
 from pecker_fast.distiller import MaskedDistiller
-from pecker_fast.errors import FileFormatError
 from pecker_fast.step_metrics import check_finite
 
 
@@ -49,19 +48,11 @@ class Training:
         """Refuse settings that do not go together, before anything is done.
 
         Raises:
-            FileFormatError: Checkpoints of another run would be mixed with those of this one.
             ValueError: A limit on checkpoints, and none are written.
         """
         options = self.options
         if options.checkpoints_total_limit is not None and options.checkpointing_steps is None:
             raise ValueError("--checkpoints_total_limit: there are no checkpoints; give --checkpointing_steps too")
-        if options.checkpointing_steps is None or options.resume_from_checkpoint is not None:
-            return
-        if older := finished(options.output_dir, KIND):
-            raise FileFormatError(
-                f"{options.output_dir}: has checkpoints of an earlier run, the last of step {max(older)}; continue it "
-                f"with --resume_from_checkpoint latest, or choose another folder"
-            )
 
     def resume(self, distiller: MaskedDistiller) -> None:
         """Load the checkpoint that was asked for, if one was.
@@ -81,11 +72,18 @@ class Training:
         for name, value in self.identity.items():
             if loaded.extra.get(name) != value:
                 raise ValueError(f"{loaded.folder}: was saved with other {name}; resume with those it was saved with")
+        self._trim(loaded.folder, distiller)
         self.metrics, self.seconds = list(loaded.extra.get("metrics", [])), loaded.extra.get("seconds", 0.0)
         saved = loaded.extra.get("stop")
         if self.stop is not None and saved is not None and saved["rule"] == str(self.stop.check.rule):
             self.stop.check.load_state_dict(saved)
             self.stopped = saved["stopped"]
+
+    def _trim(self, latest: Path, distiller: MaskedDistiller) -> None:
+        """Remove what a process that was killed after it saved had no time to remove."""
+        limit = self.options.checkpoints_total_limit
+        if limit is not None and distiller.ranks.rank == 0 and self.options.resume_from_checkpoint == LATEST:
+            remove_oldest(self.options.output_dir, KIND, latest, limit)
 
     def run(self, distiller: MaskedDistiller, label: str = "unlearn") -> None:
         """Train up to ``max_train_steps`` or until ``stop`` says so, with a checkpoint every ``checkpointing_steps``.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pecker_fast import models
 from pecker_fast.commands import Outcome, dry_run
-from pecker_fast.commands.files import check_writable, write_images
+from pecker_fast.commands.files import write_images
+from pecker_fast.commands.output import Destination
 from pecker_fast.commands.source import torch_device
 from pecker_fast.errors import FileFormatError, NonFiniteError
 
@@ -21,7 +22,8 @@ _BATCH = 256
 
 def run(options: argparse.Namespace) -> Outcome:
     """Draw ``num`` images of every class named and write them."""
-    check_writable(options.output)
+    output = Destination(options)
+    output.check()
     config = generative_config(options.model)
     classes = models.classes_in(config)
     chosen = classes.find("--class", options.labels)
@@ -30,11 +32,12 @@ def run(options: argparse.Namespace) -> Outcome:
     model = models.load(options.model).to(torch_device(options.device))
     if options.dry_run:
         count = sum(parameter.numel() for parameter in model.parameters())
-        return dry_run(settings | {"generation": config["generation"]}, {"model": count}, [str(options.output)])
+        return dry_run(settings | {"generation": config["generation"]}, {"model": count}, output.planned())
     labels = torch.tensor(chosen, device="cpu").repeat_interleave(options.num)
     images = draw(model, config["generation"], labels, options.seed)
     columns = options.num if len(chosen) > 1 else math.ceil(math.sqrt(options.num))
-    write_images(options.output, images, labels, columns, classes.names)
+    with output.folder() as folder:
+        write_images(folder / output.file_name, images, labels, columns, classes.names)
     values = {"output": str(options.output), "images": len(images), **settings}
     return Outcome(values, f"{len(images)} images of class {classes.text(chosen)} written to {options.output}.")
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from pecker_fast.models.storage import WEIGHTS_NAME
+
+
+def weights_name(options: argparse.Namespace) -> str:
+    """The file of weights, or a pattern for several."""
+    return WEIGHTS_NAME if options.max_shard_size is None else f"{Path(WEIGHTS_NAME).stem}*"
 
 
 def storage_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -8,16 +8,13 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome
 from pecker_fast.stopping import fresh_seed
 
@@ -135,13 +132,3 @@ def first_then_others(options: argparse.Namespace, load: Callable[[], T]) -> T:
         dist.barrier(group)
         found = load()
     return found
-
-
-@contextmanager
-def output_folder(path: Path, options: argparse.Namespace) -> Iterator[Path]:
-    """``atomic_folder`` in the first process; in the others a name that nothing is written to."""
-    if is_first(options):
-        with atomic_folder(path) as folder:
-            yield folder
-    else:
-        yield path

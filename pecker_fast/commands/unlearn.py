@@ -10,13 +10,15 @@ from pecker_fast.baseline_flags import DISTILL
 from pecker_fast.baseline_flags import check_flags as check_method_flags
 from pecker_fast.commands import Outcome, dry_run, judging, unlearn_baseline, unlearn_concept
 from pecker_fast.commands.earlier import RECORD
+from pecker_fast.commands.output import Destination, bytes_of, bytes_of_checkpoints
 from pecker_fast.commands.requests import Request
 from pecker_fast.commands.resuming import Training
 from pecker_fast.commands.source import Source, distill_config, load_source
-from pecker_fast.commands.together import group_of, is_first, output_folder
+from pecker_fast.commands.together import group_of, is_first
 from pecker_fast.concept_flags import PECKER, SFD, asks_for_prompts, check_class_flags
 from pecker_fast.concepts.pipeline import PipelineFolder
 from pecker_fast.config import DistillConfig
+from pecker_fast.distill_checkpoint import KIND
 from pecker_fast.distiller import MaskedDistiller
 from pecker_fast.mask import BlockMask
 
@@ -32,7 +34,7 @@ def run(options: argparse.Namespace) -> Outcome:
     if options.max_train_steps is None:
         options.max_train_steps = STEPS  # in place: config.yaml says what was done
     if options.method in (PECKER, SFD):
-        options = argparse.Namespace(**vars(options) | {"method": DISTILL} | _mask_of(options))
+        options = argparse.Namespace(**vars(options) | {"method": DISTILL, "asked": options} | _mask_of(options))
     check_method_flags(options)
     return distil(options) if options.method == DISTILL else unlearn_baseline.run(options)
 
@@ -65,12 +67,13 @@ def distil(options: argparse.Namespace) -> Outcome:
     )
     Training(options).check()
     judging.check_flags(options, source, config)
+    output = _output(options, source, config, mask)
     if options.dry_run:
-        return _dry_run(options, source, config, mask)
+        return _dry_run(options, output, source, config, mask)
 
     stop = judging.make(options, source, config.forget, config.seed)
     training = Training(options, stop)
-    with output_folder(options.output_dir, options) as folder:
+    with output.folder() as folder:
         distiller = MaskedDistiller(
             source.model, source.schedule, config, **request.networks, process_group=group_of(options)
         )
@@ -101,15 +104,26 @@ def distil(options: argparse.Namespace) -> Outcome:
     return Outcome(values, _text(options, values, source.classes.text(request.forget)))
 
 
-def _dry_run(options: argparse.Namespace, source: Source, config: DistillConfig, mask: BlockMask | None) -> Outcome:
+def _active(source: Source, config: DistillConfig, mask: BlockMask | None) -> int:
     density = 1.0 if config.mask.kind == "dense" else config.mask.density
-    active = round(density * source.parameters) if mask is None else mask.numel
-    more = (("checkpoint-*/",) if options.checkpointing_steps else ()) + ((RECORD,) if options.init else ())
-    writes = [str(options.output_dir / name) for name in (*_WRITES, *more)]
+    return round(density * source.parameters) if mask is None else mask.numel
+
+
+def _output(options: argparse.Namespace, source: Source, config: DistillConfig, mask: BlockMask | None) -> Destination:
+    active = _active(source, config, mask)
+    trained = active + (active if config.fake_score_mask else source.parameters)
+    room = bytes_of(source.model.parameters()) + bytes_of_checkpoints(options, trained)
+    return Destination(options, (*_WRITES, *((RECORD,) if options.init else ())), room, KIND)
+
+
+def _dry_run(
+    options: argparse.Namespace, output: Destination, source: Source, config: DistillConfig, mask: BlockMask | None
+) -> Outcome:
     settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
     if (names := source.classes.names_of(config.forget)) is not None:
         settings["forget_class_names"] = names
-    return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
+    parameters = {"model": source.parameters, "active_at_most": _active(source, config, mask)}
+    return dry_run(settings, parameters, output.planned(*(("checkpoint-*/",) if options.checkpointing_steps else ())))
 
 
 def _text(options: argparse.Namespace, values: dict[str, Any], classes: str) -> str:

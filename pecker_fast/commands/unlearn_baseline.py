@@ -15,9 +15,10 @@ from pecker_fast.baselines.needs import PARTS
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.classes import chosen, retain_of
 from pecker_fast.commands.dataset import load_images
+from pecker_fast.commands.output import Destination, bytes_of
 from pecker_fast.commands.requests import Request
 from pecker_fast.commands.source import Source, fields_of, load_source, mask_settings
-from pecker_fast.commands.together import group_of, output_folder
+from pecker_fast.commands.together import group_of
 from pecker_fast.mask import BlockMask
 from pecker_fast.mask_config import MaskConfig
 from pecker_fast.step_metrics import check_finite
@@ -37,11 +38,12 @@ def run(options: argparse.Namespace) -> Outcome:
     needed = PARTS[config.method] or options.train_data_dir is not None
     data = load_images(options.train_data_dir, source) if needed else None
     baseline = Baseline(source.model, source.schedule, config, data=data)
+    output = Destination(options, _WRITES, bytes_of(source.model.parameters()))
     if options.dry_run:
-        return _dry_run(options, source, config, mask)
+        return _dry_run(options, output, source, config, mask)
 
     started = time.perf_counter()
-    with output_folder(options.output_dir, options) as folder:
+    with output.folder() as folder:
         if mask is not None:
             baseline.use_mask(mask)
         metrics = list(baseline.run(options.max_train_steps, progress=not options.quiet, label=options.method))
@@ -84,14 +86,15 @@ def _mask_config(options: argparse.Namespace) -> MaskConfig:
     return salun_mask_config(**flags) if options.method == SALUN else MaskConfig(**{"kind": "dense", **flags})
 
 
-def _dry_run(options: argparse.Namespace, source: Source, config: BaselineConfig, mask: BlockMask | None) -> Outcome:
+def _dry_run(
+    options: argparse.Namespace, output: Destination, source: Source, config: BaselineConfig, mask: BlockMask | None
+) -> Outcome:
     density = 1.0 if config.mask.kind == "dense" else config.mask.density
     active = round(density * source.parameters) if mask is None else mask.numel
     settings = {"max_train_steps": options.max_train_steps, **config.to_dict()}
     if (names := source.classes.names_of(config.forget)) is not None:
         settings["forget_class_names"] = names
-    writes = [str(options.output_dir / name) for name in _WRITES]
-    return dry_run(settings, {"model": source.parameters, "active_at_most": active}, writes)
+    return dry_run(settings, {"model": source.parameters, "active_at_most": active}, output.planned())
 
 
 def _values(options: argparse.Namespace, source: Source, baseline: Baseline, seconds: float) -> dict[str, Any]:

@@ -7,18 +7,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pecker_fast import config_file
-from pecker_fast.checkpoint import atomic_folder
 from pecker_fast.commands import Outcome, dry_run
 from pecker_fast.commands.before_after import add_pictures
 from pecker_fast.commands.concept_job import Job
 from pecker_fast.commands.concept_result import write_result
 from pecker_fast.commands.concept_settings import settings_of
 from pecker_fast.commands.concept_training import Trained, train
+from pecker_fast.commands.output import Destination, bytes_in, bytes_of_checkpoints
 from pecker_fast.commands.resuming import Training
 from pecker_fast.commands.together import group_of
 from pecker_fast.concept_flags import check_concept_flags
 from pecker_fast.concepts.pipeline import quiet_libraries
+from pecker_fast.config import DistillConfig
+from pecker_fast.distill_checkpoint import KIND
 
 DISTILS_TOO = (
     "It starts from the diffusion model itself, so that the same steps also have to distil it into one step: look at "
@@ -35,10 +36,11 @@ def run(options: argparse.Namespace) -> Outcome:
     quiet_libraries()
     job = Job.read(options)
     Training(options).check()
+    output = _output(job)
     if options.dry_run:
-        return _dry_run(job)
+        return _dry_run(job, output)
     job.base.check_parts("vae")  # which draws the pictures, and goes along with the result
-    with atomic_folder(options.output_dir) as folder:
+    with output.folder() as folder:
         tensors, ledger = job.start_weights()
         trained = train(job, tensors)
         card = write_result(job, folder, tensors, ledger, trained.tensors, trained.mask)
@@ -46,8 +48,7 @@ def run(options: argparse.Namespace) -> Outcome:
         (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
     values = _values(job, trained)
     del trained
-    config_file.write(options.output_dir, options.parser, options)  # here too, for runs that are interrupted below
-    pictures = add_pictures(job, card, tensors)
+    pictures = add_pictures(job, output, card, tensors)
     warning = None
     if pictures.failed is not None:
         warning = f"{job.options.output_dir} is complete, but for pictures: drawing them failed ({pictures.failed})"
@@ -55,10 +56,19 @@ def run(options: argparse.Namespace) -> Outcome:
     return Outcome(values, _text(job, values), warning=warning)
 
 
-def _dry_run(job: Job) -> Outcome:
+def _output(job: Job) -> Destination:
+    trained = job.active_at_most
+    if isinstance(job.config, DistillConfig):
+        trained += trained if job.config.fake_score_mask else job.base.parameters
+    copied = [job.base.path / name for name in job.base.components - {"unet"}]
+    weights = 2 * job.base.parameters  # or twice that, where the file has float32
+    room = bytes_in(copied) + weights + bytes_of_checkpoints(job.options, trained)
+    return Destination(job.options, (*_WRITES, f"{job.settings_name}.json"), room, KIND)
+
+
+def _dry_run(job: Job, output: Destination) -> Outcome:
     options = job.options
-    more = (f"{job.settings_name}.json", *(("checkpoint-*/",) if options.checkpointing_steps else ()))
-    writes = [str(options.output_dir / name) for name in (*_WRITES, *more)]
+    writes = output.planned(*(("checkpoint-*/",) if options.checkpointing_steps else ()))
     prompts = {
         "forget": len(job.plan.forget),
         "retain": len(job.plan.retained_texts),

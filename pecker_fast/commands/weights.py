@@ -7,11 +7,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pecker_fast.checkpoint import atomic_folder, read_json, read_safetensors, rewrite_safetensors
+from pecker_fast.checkpoint import read_json, read_safetensors, rewrite_safetensors
 from pecker_fast.classes import Classes
 from pecker_fast.delta import Ledger
 from pecker_fast.errors import FileFormatError
-from pecker_fast.models.pipeline_files import TEXTS, check_pipeline, copy_components, copy_texts, is_pipeline
+from pecker_fast.models.pipeline_files import (
+    check_pipeline,
+    components,
+    copy_components,
+    copy_texts,
+    is_pipeline,
+    texts,
+)
 from pecker_fast.models.pipeline_scheduler import PipelineScheduler
 from pecker_fast.models.shards import INDEX_NAME, pieces, read_shards
 from pecker_fast.models.storage import CONFIG_NAME, DELTAS_NAME, WEIGHTS_NAME
@@ -68,54 +75,40 @@ class ModelFolder:
         except ValueError as error:
             raise FileFormatError(f"{file}: {error}") from error
 
-    def writes(self, scheduler: PipelineScheduler | None) -> list[str]:
-        """Names of the files that `write` changes."""
-        inside = "" if self.pipeline is None else "unet/"
-        also = [] if scheduler == self.scheduler else ["scheduler/scheduler_config.json", "model_index.json"]
-        return [*(f"{inside}{file}" for file in sorted(self.files)), f"{inside}{DELTAS_NAME}", *also]
+    @property
+    def writes(self) -> list[str]:
+        """Names, directly in the folder, of what `write` writes."""
+        if self.pipeline is None:
+            return sorted({*self.files, DELTAS_NAME, *texts(self.path)})
+        return [*components(self.pipeline), *texts(self.pipeline)]
 
     def write(self, folder: Path, scheduler: PipelineScheduler | None) -> None:
-        """Write the weights as they are now, with the folder's settings and texts, complete or not at all.
+        """Write the weights as they are now, with the folder's settings and texts.
 
         The other components of a pipeline are copied byte for byte.
 
         Args:
-            folder: Where to; may be the folder itself.
+            folder: Where to; it is empty.
             scheduler: Of the pipeline; not None for one.
 
         Raises:
-            FileFormatError: The folder cannot be written, or is the pipeline itself and has other copies of the
-                UNet's weights, which would be lost.
+            FileFormatError: The folder cannot be written.
         """
-        self._check_nothing_is_lost(folder)
-        with atomic_folder(folder) as unfinished:
-            if self.pipeline is None or scheduler is None:
-                self._write_weights(unfinished)
-                return
-            copy_components(self.pipeline, unfinished, without=("unet",))
-            copy_texts(self.pipeline, unfinished)
-            (unfinished / "unet").mkdir()
-            self._write_weights(unfinished / "unet")
-            if scheduler != self.scheduler:
-                scheduler.put_in(unfinished)
+        if self.pipeline is None or scheduler is None:
+            self._write_weights(folder)
+            return
+        copy_components(self.pipeline, folder, without=("unet",))
+        copy_texts(self.pipeline, folder)
+        (folder / "unet").mkdir()
+        self._write_weights(folder / "unet")
+        if scheduler != self.scheduler:
+            scheduler.put_in(folder)
 
     def _write_weights(self, folder: Path) -> None:
         copy_texts(self.path, folder, without=(DELTAS_NAME,))
         for file, names in self.files.items():
             rewrite_safetensors(self.path / file, folder / file, {name: self.weights[name] for name in names})
         self.ledger.save(folder)
-
-    def _check_nothing_is_lost(self, folder: Path) -> None:
-        """A model folder keeps what it has beside the new files; within a pipeline, ``unet/`` is replaced."""
-        if self.pipeline is None or not folder.exists() or not folder.samefile(self.pipeline):
-            return
-        names = [entry.name for entry in self.path.iterdir() if entry.suffix not in TEXTS]
-        lost = [name for name in names if name not in self.files]
-        if lost:
-            raise FileFormatError(
-                f"{self.path}: has other files, which are not changed along and would be lost: "
-                f"{', '.join(sorted(lost)[:5])}; write into another folder"
-            )
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, set[str]], dict[str, Tensor]]:

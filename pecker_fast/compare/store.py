@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from pecker_fast.checkpoint import read_json, write_json
 from pecker_fast.errors import FileFormatError
+from pecker_fast.locks import LockedError, held
 
 Line: TypeAlias = dict[str, Any]
 """One run, or the timing of one method."""
 
-SETTINGS, RUNS = "compare.json", "runs.jsonl"
+SETTINGS, RUNS, LOCK = "compare.json", "runs.jsonl", ".runs.lock"
 
 
 class Store:
@@ -48,16 +49,15 @@ class Store:
         Raises:
             ValueError: Another one works in it.
         """
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._lock = ExitStack()
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
+            self._lock.enter_context(held(self.folder / LOCK))
+        except LockedError as error:
             raise ValueError(f"{self.folder}: another process works in it; wait for it, or choose another") from error
         return self
 
     def __exit__(self, *unused: object) -> None:
-        os.close(self._lock)
+        self._lock.close()
 
     def lines(self) -> list[Line]:
         """All that is kept; a last line that was cut short does not count.

@@ -156,11 +156,15 @@ class Delta:
         """Names of the weights of which both change an element; deltas of one base without any stack in any order."""
         return overlaps(self.mask.parameters, other.mask.parameters)
 
-    def save(self, folder: StrPath) -> None:
+    def save(self, folder: StrPath, *, overwrite: bool = False) -> None:
         """Write ``pecker_delta.safetensors``, ``pecker_config.json`` and a README into ``folder``, or nothing.
 
+        Args:
+            folder: Where to; what else is in it stays.
+            overwrite: Whether an older result there, of this function, may go.
+
         Raises:
-            FileFormatError: The folder cannot be written.
+            FileFormatError: The folder cannot be written, or has an older result or files of yours in the way.
         """
         bits, header = pack_mask(self.mask)
         xor = [self.payload[key].view(torch.uint8) for key in self.mask.parameters]
@@ -174,7 +178,7 @@ class Delta:
             "metadata": dict(self.metadata),
             "tensors": dict(self.layouts),
         }
-        delta_file.write(folder, config, tensors, header | {"format": delta_file.FORMAT})
+        delta_file.write(folder, config, tensors, header | {"format": delta_file.FORMAT}, overwrite)
 
     @classmethod
     def load(cls, folder: StrPath) -> Delta:

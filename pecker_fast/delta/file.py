@@ -16,13 +16,13 @@ from torch import Tensor
 
 from pecker_fast.checkpoint import (
     StrPath,
-    atomic_folder,
     read_json,
     read_safetensors,
     write_json,
     write_safetensors,
 )
 from pecker_fast.errors import FileFormatError
+from pecker_fast.output_folder import claim
 
 CONFIG_NAME = "pecker_config.json"
 PAYLOAD_NAME = "pecker_delta.safetensors"
@@ -42,13 +42,19 @@ masked training, for the weights under the mask alone. It is applied to a copy o
 """
 
 
-def write(folder: StrPath, config: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+def write(
+    folder: StrPath,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    overwrite: bool,
+) -> None:
     """Write the folder, complete or not at all.
 
     Raises:
-        FileFormatError: It cannot be written; an older folder stays as it was.
+        FileFormatError: It cannot be written, has files of the user's in the way, or, without ``overwrite``, a delta.
     """
-    with atomic_folder(folder) as unfinished:
+    with claim(folder, "Delta.save", (PAYLOAD_NAME, CONFIG_NAME, "README.md"), replace=overwrite) as unfinished:
         payload = unfinished / PAYLOAD_NAME
         write_safetensors(payload, tensors, header)
         file = {"file": PAYLOAD_NAME, "bytes": payload.stat().st_size, "sha256": _sha256_of_file(payload)}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pecker_fast.blocks import ParameterMask
-from pecker_fast.checkpoint import StrPath, atomic_folder, write_json, write_safetensors
+from pecker_fast.checkpoint import StrPath, write_json, write_safetensors
 from pecker_fast.delta import Delta
 from pecker_fast.delta.ledger import Ledger
 from pecker_fast.delta.state import tensors_of
+from pecker_fast.output_folder import claim
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,7 +34,7 @@ class _Layer:
         return -(-len(self.index) // sum(self.shape))
 
 
-def export_shira(delta: Delta, base: nn.Module, folder: StrPath) -> None:
+def export_shira(delta: Delta, base: nn.Module, folder: StrPath, *, overwrite: bool = False) -> None:
     """Write a delta of single weights of linear layers as a SHiRA adapter of peft.
 
     ``PeftModel.from_pretrained(base, folder)`` then computes with ``base + (new - old)`` in float32, which is the
@@ -44,9 +45,10 @@ def export_shira(delta: Delta, base: nn.Module, folder: StrPath) -> None:
         delta: Made with an element mask (``block="element"``) that is active in linear weights only.
         base: The model that the delta was made from, without the delta; unchanged.
         folder: Gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+        overwrite: Whether an older result there, of this function, may go.
 
     Raises:
-        FileFormatError: The folder cannot be written.
+        FileFormatError: The folder cannot be written, or has an older result or files of yours in the way.
         ValueError: The delta changes other layers or whole blocks, or peft's count does not fit into a layer, or the
             model is not the delta's base.
     """
@@ -62,7 +64,7 @@ def export_shira(delta: Delta, base: nn.Module, folder: StrPath) -> None:
         prefix = f"base_model.model.{layer.name}"
         indices, values = _filled(layer, rank)
         tensors |= {f"{prefix}.shira_weight": values, f"{prefix}.shira_indices": indices}
-    with atomic_folder(folder) as unfinished:
+    with claim(folder, "export_shira", (WEIGHTS_NAME, CONFIG_NAME), replace=overwrite) as unfinished:
         write_safetensors(unfinished / WEIGHTS_NAME, tensors, {"format": "pt"})
         write_json(unfinished / CONFIG_NAME, _config(rank, [layer.name for layer in layers]))
 

@@ -15,11 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pecker_fast.checkpoint import StrPath, atomic_folder, write_json
+from pecker_fast.checkpoint import StrPath, write_json
 from pecker_fast.errors import FileFormatError
 from pecker_fast.models.ddpm import DDPMUNet
 from pecker_fast.models.one_step_scheduler import betas_of, diffusers_library, one_step_scheduler
 from pecker_fast.models.storage import classes_in, load, load_config
+from pecker_fast.output_folder import claim
 from pecker_fast.schedule import NoiseSchedule
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json", "generation.json")
@@ -94,19 +95,19 @@ class Exported:
         generation = config["generation"]
         return cls(to_diffusers(model), to_scheduler(generation), generation | classes_in(config).to_dict())
 
-    def save(self, folder: StrPath) -> None:
-        """Write the files of ``FILES``, complete or not at all.
+    def save(self, folder: StrPath, *, overwrite: bool = False) -> None:
+        """Write the files of ``FILES``, complete or not at all; ``overwrite`` lets an older export go.
 
         Raises:
-            FileFormatError: The folder cannot be written.
+            FileFormatError: The folder cannot be written, or has an older result or files of yours in the way.
         """
-        with atomic_folder(folder) as unfinished:
+        with claim(folder, "export_diffusers", FILES, replace=overwrite) as unfinished:
             self.unet.save_pretrained(unfinished)
             self.scheduler.save_pretrained(unfinished)
             write_json(unfinished / "generation.json", self.generation)
 
 
-def export_diffusers(folder_in: StrPath, folder_out: StrPath) -> Any:
+def export_diffusers(folder_in: StrPath, folder_out: StrPath, *, overwrite: bool = False) -> Any:
     """Write a model folder as one that stock diffusers reads, complete or not at all.
 
     ``UNet2DModel.from_pretrained(folder_out)`` gives the network, and ``from_pretrained(folder_out)`` of
@@ -115,7 +116,8 @@ def export_diffusers(folder_in: StrPath, folder_out: StrPath) -> Any:
 
     Args:
         folder_in: A folder of a `DDPMUNet`, as ``models.save`` writes it.
-        folder_out: Where to; an older folder is replaced.
+        folder_out: Where to; what else is in it stays.
+        overwrite: Whether an older result there, of this function, may go.
 
     Returns:
         The ``UNet2DModel`` that was written.
@@ -127,7 +129,7 @@ def export_diffusers(folder_in: StrPath, folder_out: StrPath) -> Any:
         ValueError: As ``to_diffusers``.
     """
     exported = Exported.read(folder_in)
-    exported.save(folder_out)
+    exported.save(folder_out, overwrite=overwrite)
     return exported.unet
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pecker_fast.checkpoint import read_json
 from pecker_fast.errors import FileFormatError
+from pecker_fast.written import NAME as RECORD
 
 INDEX = "model_index.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
@@ -40,15 +41,30 @@ def check_pipeline(folder: Path) -> None:
             raise FileFormatError(f"{file}: no such file; the pipeline is not complete")
 
 
+def components(pipeline: Path) -> list[str]:
+    """The folders that the index names.
+
+    Raises:
+        FileFormatError: The index cannot be read.
+    """
+    names = [name for name, value in read_json(pipeline / INDEX).items() if isinstance(value, list)]
+    return [name for name in names if name.isidentifier() and (pipeline / name).is_dir()]
+
+
+def texts(folder: Path) -> list[str]:
+    """Names of the settings and texts beside weights, and licences; not the record of who wrote them."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and file.name != RECORD)
+    return [file.name for file in files if file.suffix in TEXTS or file.name.startswith("LICENSE")]
+
+
 def copy_components(pipeline: Path, target: Path, without: Collection[str]) -> None:
     """Copy the folders that the index names, byte for byte, into an existing folder.
 
     Raises:
         FileFormatError: A file cannot be read or written.
     """
-    names = [name for name, value in read_json(pipeline / INDEX).items() if isinstance(value, list)]
-    for name in names:
-        if name.isidentifier() and name not in without and (pipeline / name).is_dir():
+    for name in components(pipeline):
+        if name not in without:
             try:
                 copy_folder(pipeline / name, target / name)
             except OSError as error:
@@ -78,13 +94,12 @@ def copy_texts(source: Path, target: Path, without: Collection[str] = ()) -> Non
     Raises:
         FileFormatError: A file cannot be read or written.
     """
-    for file in sorted(source.iterdir()):
-        wanted = file.suffix in TEXTS or file.name.startswith("LICENSE")
-        if wanted and file.is_file() and file.name not in without:
+    for name in texts(source):
+        if name not in without:
             try:
-                shutil.copyfile(file, target / file.name)
+                shutil.copyfile(source / name, target / name)
             except OSError as error:
-                raise FileFormatError(f"{target / file.name}: cannot be copied ({error.strerror})") from error
+                raise FileFormatError(f"{target / name}: cannot be copied ({error.strerror})") from error
 
 
 def scheduler_entry(pipeline: Path) -> tuple[str, str]:

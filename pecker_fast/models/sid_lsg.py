@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pecker_fast.checkpoint import StrPath, atomic_folder, read_json, write_safetensors
+from pecker_fast.checkpoint import StrPath, read_json, write_safetensors
 from pecker_fast.errors import FileFormatError
 from pecker_fast.foreign_weights import check_network
 from pecker_fast.models.module_pickle import PickledModule, read_module
@@ -28,6 +28,7 @@ from pecker_fast.models.pipeline_files import (
     scheduler_entry,
 )
 from pecker_fast.models.storage import WEIGHTS_NAME
+from pecker_fast.output_folder import claim
 from pecker_fast.schedule import NoiseSchedule
 
 T_INIT = 625
@@ -79,16 +80,16 @@ class SidGenerator:
         check_network(f"{file}: {KEY}", weights)
         return cls(base, weights, scheduler)
 
-    def save(self, folder: StrPath) -> None:
-        """Write an ordinary pipeline folder, complete or not at all.
+    def save(self, folder: StrPath, *, overwrite: bool = False) -> None:
+        """Write an ordinary pipeline folder, complete or not at all; ``overwrite`` lets an older one go.
 
         ``StableDiffusionPipeline.from_pretrained(folder)`` draws from it with ``num_inference_steps=1`` and
         ``guidance_scale=0``. UNet and scheduler are new, all other components those of ``base``, byte for byte.
 
         Raises:
-            FileFormatError: A file cannot be read or written.
+            FileFormatError: A file cannot be read or written, or an older result or files of yours are in the way.
         """
-        with atomic_folder(folder) as unfinished:
+        with claim(folder, "SidGenerator.save", ("unet", "scheduler", INDEX), replace=overwrite) as unfinished:
             copy_components(self.base, unfinished, without=("unet", "scheduler"))
             (unfinished / "unet").mkdir()
             (unfinished / "unet" / "config.json").write_bytes((self.base / "unet" / "config.json").read_bytes())

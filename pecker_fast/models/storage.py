@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from pecker_fast.checkpoint import (
     StrPath,
-    atomic_folder,
     read_json,
     read_safetensors,
     write_json,
@@ -39,6 +38,7 @@ from pecker_fast.models.classifier import DigitsClassifier
 from pecker_fast.models.ddpm import DDPMUNet
 from pecker_fast.models.resnet import ImageClassifier
 from pecker_fast.models.shards import INDEX_NAME, divide, read_shards, rounded, write_shards
+from pecker_fast.output_folder import claim
 from pecker_fast.sampling import ddim_sample, one_step_sample
 from pecker_fast.schedule import NoiseSchedule
 from pecker_fast.settings import is_number
@@ -65,18 +65,20 @@ def save(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
+    overwrite: bool = False,
 ) -> None:
-    """Write a model folder, complete or not at all (see `pecker_fast.checkpoint.atomic_folder`).
+    """Write a model folder, complete or not at all (see `pecker_fast.output_folder`).
 
     Args:
         model: A `DDPMUNet`, `DigitsClassifier` or `ImageClassifier`, in any dtype and on any device.
-        folder: Where to; an older folder is replaced.
+        folder: Where to; what else is in it stays.
         generation: How to sample from the model, as in this module's docstring; None for a classifier.
         dtype: Round floating-point weights to this for storing; `load` gives them back in the model's own dtype.
         max_shard_size: Bytes that no file of weights exceeds; None writes one file.
+        overwrite: Whether an older result there, of this function, may go.
 
     Raises:
-        FileFormatError: The folder cannot be written.
+        FileFormatError: The folder cannot be written, or has an older result or files of yours in the way.
         TypeError: The model is of another class.
         ValueError: ``generation`` is incomplete or out of range, the model carries the names of another number of
             classes, ``dtype`` cannot hold the weights, or ``max_shard_size`` not even one of them.
@@ -85,7 +87,7 @@ def save(
         raise TypeError(
             f"expected {_known_classes()}, got {type(model).__name__}; unwrap it or save it with its own library"
         )
-    with atomic_folder(folder) as unfinished:
+    with claim(folder, "models.save", (CONFIG_NAME, f"{Path(WEIGHTS_NAME).stem}*"), replace=overwrite) as unfinished:
         write_model(model, unfinished, generation, dtype=dtype, max_shard_size=max_shard_size)
 
 
