@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from machines import REHEARSAL, here, sized
 from measure import Row, Seconds
-from torch import Tensor, nn
+from torch import nn
 
 from pecker_fast import (
     ActiveParameters,
@@ -24,6 +24,7 @@ from pecker_fast import (
     MaskedDistiller,
     NoiseSchedule,
 )
+from pecker_fast.memory_meter import bytes_by_claim, tensors_of
 from pecker_fast.models import DDPMUNet
 
 WIDTH, DENSITY = 128, 0.1
@@ -204,26 +205,8 @@ def relative_error(ours: ActiveParameters, theirs: ActiveParameters) -> float:
 
 
 def bytes_of(thing: object) -> int:
-    """Bytes of every tensor that is reachable from ``thing``, each storage once."""
-    storages: dict[int, int] = {}
-    seen: set[int] = set()
-    stack = [thing]
-    while stack:
-        item = stack.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, Tensor):
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-            stack.append(item.grad if item.is_leaf else None)
-        elif isinstance(item, Mapping):
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple | set):
-            stack.extend(item)
-        elif isinstance(item, nn.Module | torch.optim.Optimizer) or type(item).__module__.startswith("pecker_fast"):
-            stack.extend(vars(item).values() if hasattr(item, "__dict__") else ())
-            stack.extend(getattr(item, name, None) for name in getattr(type(item), "__slots__", ()))
-    return sum(storages.values())
+    """Bytes of every tensor that is reachable from ``thing``, memory that several share once."""
+    return sum(bytes_by_claim({"all": tensors_of(thing)}).values())
 
 
 # -- quality ---------------------------------------------------------------------------------------

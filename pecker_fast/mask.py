@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -259,19 +258,19 @@ class BlockMask:
             except ValueError as error:
                 raise ValueError(f"damaged mask: {name}: {error}") from error
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as safetensors: one bit a block, and its geometry as JSON in the header.
 
         Args:
-            path: The file.
-            overwrite: Whether an older mask of that name may go.
+            path: The file. An older mask of that name is replaced, anything else stays.
 
         Raises:
-            FileFormatError: The file cannot be written; nothing is left behind. Or there is one of that name that is
-                no mask, or is to stay.
+            FileFormatError: The file cannot be written, or there is one of that name that is no mask; nothing is left
+                behind.
             ValueError: The mask is damaged, as ``check`` says.
         """
-        _check_free(Path(path), overwrite)
+        if os.path.lexists(path):
+            BlockMask.load(path)
         with atomic_file(path) as unfinished:
             write_safetensors(unfinished, *self.to_tensors())
 
@@ -322,13 +321,3 @@ class BlockMask:
         parameters = {name: unpack(tensors[name], grid) for name, grid in grids.items()}
         mass = float(header["mass"]) if header["mass"] else None
         return cls(parameters, int(header["total"]), float(header["density_asked"]), mass)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if not os.path.lexists(path):
-        return
-    if not overwrite:
-        raise FileFormatError(
-            f"{path}: is there already; give overwrite=True to replace a mask, or choose another name"
-        )
-    BlockMask.load(path)  # whatever else it is, it stays

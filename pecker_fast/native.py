@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from pathlib import Path
 from types import ModuleType
 
 _REMEDY = (
@@ -85,6 +86,10 @@ def too_old(capability: tuple[int, int], architectures: str) -> str | None:
 @functools.cache
 def _find() -> ModuleType | ImportError:
     try:
-        return importlib.import_module("pecker_fast._C")
+        found = importlib.import_module("pecker_fast._C")
     except ImportError as error:
         return error
+    own, file = Path(__file__).resolve().parent, Path(str(found.__file__)).resolve()
+    if file.parent != own:  # an editable installation offers its own to every checkout
+        return ImportError(f"{file} belongs to another pecker_fast than {own}")
+    return found

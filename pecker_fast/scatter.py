@@ -147,21 +147,23 @@ class ScatterTable:
         stretches = values.split([target.mask.numel for target in self.targets])
         for number, (target, stretch) in enumerate(zip(self.targets, stretches, strict=True)):
             if target.dense is not None:
-                self._memory(target.dense).index_copy_(0, self._index_of(number), stretch.to(target.dense.dtype))
+                index = self._index_of(number, values.device)
+                self._memory(target.dense).index_copy_(0, index, stretch.to(target.dense.dtype))
 
     def active(self, number: int) -> Tensor:
         """The active weights of a dense tensor, in the order of the flat buffer: (n,), a copy."""
-        return self._memory(cast(Tensor, self.targets[number].dense))[self._index_of(number)]
+        dense = cast(Tensor, self.targets[number].dense)
+        return self._memory(dense)[self._index_of(number, dense.device)]
 
     def write_active_(self, number: int, weights: Tensor) -> None:
         """The other way; the dense tensor's version counter stays."""
         dense = cast(Tensor, self.targets[number].dense)
-        self._memory(dense.data).index_copy_(0, self._index_of(number), weights)
+        self._memory(dense.data).index_copy_(0, self._index_of(number, dense.device), weights)
 
-    def _index_of(self, number: int) -> Tensor:
+    def _index_of(self, number: int, device: torch.device) -> Tensor:
         """Where the active weights of a dense tensor lie in its memory, made when plain torch first needs it."""
         if number not in self._index:
-            self._index[number] = to_device(self.targets[number].memory_index(), self.device)
+            self._index[number] = to_device(self.targets[number].memory_index(), device)
         return self._index[number]
 
     @staticmethod

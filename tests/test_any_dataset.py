@@ -116,7 +116,7 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
         (
             (*images, *judge, "--train_data_dir", "two.npz"),
             3,
-            "two.npz (train): expected 3 classes, those of the judge judge, got 2",
+            "two.npz: expected 3 classes, those of the judge judge, got 2",
         ),
         ((*images, *judge, "--train_data_dir", "small.npz"), 2, "the images are 8x8; image_size"),
         (("--images", "small.npz", *judge, *data), 3, "expected images (N, 16, 16, 3), got (N, 8, 8, 3)"),

@@ -14,8 +14,7 @@ from test_active import assert_same_bits, off_mask
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from pecker_fast import ActiveParameters, BlockMask, Delta, MaskedAdamW, ParameterMask, apply_mask, change_mask
-from pecker_fast.models import DDPMUNet, save
+from pecker_fast import BlockMask, Delta, MaskedAdamW, ParameterMask, apply_mask, change_mask
 
 OPTIMIZERS = {
     "MaskedAdamW": lambda active: MaskedAdamW(active, lr=0.01, weight_decay=0.1, ema_decay=0.9),
@@ -269,33 +268,6 @@ def test_a_part_of_a_masked_model_is_not_masked_on_its_own(part):
         apply_mask(other, BlockMask.random(other, 1.0, "row"))
     active.remove()
     apply_mask(other, BlockMask.random(other, 1.0, "row"))
-
-
-# -- weights changed behind the store's back -------------------------------------------------------
-
-
-@pytest.mark.parametrize("stale", ["dense", "active"])
-def test_stale_weights_are_found_before_anything_is_written(tmp_path, stale):
-    model = DDPMUNet(width=4, channel_mult=(1, 2), num_res_blocks=1, image_size=8, channels=1, norm_groups=2)
-    active = apply_mask(model, BlockMask.random(model, 0.3, "row"))
-    optimizer, untouched = OPTIMIZERS["MaskedAdamW"](active), copy.deepcopy(model.state_dict())
-    name = next(entry.name for entry in active.entries if not entry.mask.is_full)
-    with torch.no_grad():
-        if stale == "dense":
-            model.get_parameter(name).add_(1)
-        else:
-            dict(active.named_parameters())[name].add_(1)  # and no active.scatter_()
-    match = f"{name}: .* were changed outside the optimizer; .*active.scatter_"
-    for use in (
-        lambda: save(model, tmp_path / "model"),
-        lambda: Delta.extract(untouched, model, active.mask),
-        lambda: change_mask(active, BlockMask.random(model, 0.3, "row", seed=3), optimizer),
-        active.remove,
-    ):
-        with refused(RuntimeError, match, model, optimizer):
-            use()
-    assert not list(tmp_path.iterdir())
-    assert ActiveParameters.of(model) is active
 
 
 # -- optimizers that do not belong to the model ----------------------------------------------------

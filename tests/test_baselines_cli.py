@@ -128,7 +128,7 @@ def test_a_given_mask(here, teacher, capsys):  # noqa: F811
     few = "--max_train_steps 1 --train_batch_size 4 --quiet --mask_path mask".split()
     assert unlearn(teacher, "fine_tune", *few) == 0
     assert BlockMask.load(here / "out" / "mask.safetensors") == mask
-    BlockMask.random(_tiny(width=8), 0.3, "row").save(here / "mask", overwrite=True)
+    BlockMask.random(_tiny(width=8), 0.3, "row").save(here / "mask")
     assert unlearn(teacher, "fine_tune", *few) == 3
     assert "mask: does not fit" in _error(capsys, "unlearn")
 

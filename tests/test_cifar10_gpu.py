@@ -17,7 +17,7 @@ import image_sets
 import pytest
 import torch
 
-from pecker_fast import models
+from pecker_fast import NoiseSchedule, models
 from pecker_fast.cli import main
 
 pytest.importorskip("pyarrow")
@@ -117,6 +117,15 @@ def test_its_commands_are_understood(tmp_path, monkeypatch, capsys, rehearsal):
     for command in commands:
         assert main([*command, "--dry_run", "--json"]) == 0, capsys.readouterr().err
         plans[command[0]] = json.loads(capsys.readouterr().out)
+        if command[0] == "pretrain":  # a plan of compare names the teacher's classes
+            ddim = {
+                "kind": "ddim",
+                "steps": 2,
+                "schedule": NoiseSchedule.linear().to_dict(),
+                "sample_shape": [3, 32, 32],
+            }
+            small = {"width": 4, "channel_mult": (1,), "num_res_blocks": 1, "norm_groups": 2}
+            models.save(models.DDPMUNet(**small), tmp_path / "out" / "teacher", ddim)
     assert plans["compare"]["settings"]["forget"] == [0]
     if rehearsal == "0":
         assert 9e6 < plans["pretrain"]["parameters"]["model"] < 11e6

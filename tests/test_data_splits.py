@@ -177,12 +177,13 @@ def test_pointers_in_place_of_weights_too(tmp_path, read):
 
 
 def test_commands_say_what_was_taken(tmp_path, capsys):
-    _folders(tmp_path, train="train", test="test")
-    (tmp_path / "train" / "cat" / "x.heic").write_bytes(b"")
-    command = ["pretrain", "--train_data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--dry_run"]
+    data = tmp_path / "data"
+    _folders(data, train="train", test="test")
+    (data / "train" / "cat" / "x.heic").write_bytes(b"")
+    command = ["pretrain", "--train_data_dir", str(data), "--output_dir", str(tmp_path / "out"), "--dry_run"]
     notes = [
-        f"{tmp_path}: split train of train, test was read; another one is chosen with split (--split)",
-        f"{tmp_path}: left out 1 file: .heic",
+        f"{data}: split train of train, test was read; another one is chosen with split (--split)",
+        f"{data}: left out 1 file: .heic",
     ]
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == notes

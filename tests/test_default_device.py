@@ -95,7 +95,7 @@ def masked_run(block, optimizer_of, folder):
     active.remove().eval()
     statistics = {name: buffer.clone() for name, buffer in net.named_buffers()}
     delta = Delta.extract(before | statistics, net.state_dict(), masks[0] | masks[1], progress=False)
-    delta.save(folder / "delta")
+    delta.save(folder / "delta", overwrite=True)
     weights = {**before, **statistics}
     Delta.load(folder / "delta").apply(weights, progress=False)
     return found | weights

@@ -262,7 +262,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
     refused(trained(), FileFormatError, "incomplete: KeyError", folder)
     rewrite(record)
     mask = BlockMask.random(unet(), 0.3, "row", seed=5)
-    BlockMask(mask.parameters, mask.total, 0.3).save(folder / "generator_mask.safetensors", overwrite=True)
+    BlockMask(mask.parameters, mask.total, 0.3).save(folder / "generator_mask.safetensors")
     rewrite(record)
     refused(trained(), ValueError, "another generator|values is float32", folder)
 
@@ -290,10 +290,6 @@ def test_saving_is_refused_where_it_cannot_be(tmp_path):
         distiller.save_checkpoint(tmp_path, total_limit=0)
     with pytest.raises(ValueError, match="JSON"):
         distiller.save_checkpoint(tmp_path, extra={"loss": float("nan")})
-    with torch.no_grad():
-        distiller.generator.conv_in.weight.add_(1)
-    with pytest.raises(RuntimeError, match="changed outside the optimizer"):
-        distiller.save_checkpoint(tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -93,7 +93,7 @@ TOO_LATE = ("--t_max", "5000", "--t_init", "1")
 def test_a_dry_run_refuses_what_the_run_does(command, more, code, text, dry, tmp_path, monkeypatch, teacher, capsys):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     if command == "mask":  # which has no flags of timesteps
-        models.save(_tiny(), teacher, {**DDIM, "schedule": NoiseSchedule.linear(500).to_dict()})
+        models.save(_tiny(), teacher, {**DDIM, "schedule": NoiseSchedule.linear(500).to_dict()}, overwrite=True)
     BlockMask.random(_tiny(width=8), 0.2).save(tmp_path / "wide")
     empty = BlockMask.random(_tiny(), 0.2)
     (empty - empty).save(tmp_path / "none")

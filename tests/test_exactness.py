@@ -5,7 +5,7 @@ Each cell has its control, dense training whose gradients are masked: it keeps t
 
 import copy
 import functools
-from itertools import cycle
+from itertools import cycle, zip_longest
 
 import pytest
 import torch
@@ -45,6 +45,25 @@ def schedule_free(parameters, decay):
     return optimizer
 
 
+class Averaged(torch.optim.AdamW):
+    """AdamW; between steps an EMA library puts its average into the parameters, every tenth time."""
+
+    def __init__(self, parameters, decay):
+        super().__init__(parameters, lr=LR, weight_decay=decay)
+        self.ema, self.averaged, self.times = None, [], 0
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        held = [p for group in self.param_groups for p in group["params"]]
+        if self.ema is None or any(a is not b for a, b in zip_longest(held, self.averaged)):
+            self.ema = pytest.importorskip("diffusers.training_utils").EMAModel(held, decay=0.9)
+            self.averaged = held
+        self.ema.step(held)
+        self.times += 1
+        if self.times % 10 == 0:
+            self.ema.copy_to(held)
+
+
 OPTIMIZERS = {
     "SGD": sgd(0.0),
     "SGD momentum": sgd(0.9),
@@ -52,6 +71,7 @@ OPTIMIZERS = {
     "AdamW": lambda parameters, decay: torch.optim.AdamW(parameters, lr=LR, weight_decay=decay),
     "Lion": lion,
     "schedule-free": schedule_free,
+    "AdamW and an EMA": Averaged,
 }
 MASKED_OPTIMIZERS = {
     name: lambda active, decay, make=make: make(active.parameters(), decay) for name, make in OPTIMIZERS.items()

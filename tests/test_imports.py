@@ -94,17 +94,14 @@ def test_only_these_files_loop_over_training_steps():
     assert loops == {"distill_updates.py", "pretrain.py", "baselines/trainer.py", "attacks/relearning.py"}
 
 
-def test_the_import_is_cheap_and_loads_nothing_heavy():
+def test_the_import_loads_nothing_heavy():
     code = (
-        "import time, torch; started = time.process_time(); import pecker_fast, sys;"  # others may be at work
-        "print(time.process_time() - started);"
-        "heavy = ('diffusers', 'transformers', 'triton', 'matplotlib', 'sklearn', 'pecker_fast._C');"
+        "import torch, sys, pecker_fast;"
+        "heavy = ('diffusers', 'transformers', 'triton', 'matplotlib', 'sklearn', 'scipy', 'pyarrow', 'PIL', 'peft',"
+        "'pecker_fast._C', 'pecker_fast.concepts', 'pecker_fast.commands', 'pecker_fast.compare');"
         "print([m for m in heavy if m in sys.modules])"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
-    seconds, heavy = zip(*(run.stdout.split("\n")[:2] for run in runs), strict=True)
-    assert set(heavy) == {"[]"}
-    assert min(map(float, seconds)) < 0.3
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_every_public_name_is_there_and_documented():

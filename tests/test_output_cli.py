@@ -359,13 +359,11 @@ def test_functions_that_save_keep_to_it_too(name, here):
 
 def test_masks_and_demos_from_python(here):
     mask = BlockMask.load("mask")
-    with pytest.raises(FileFormatError, match="mask: is there already; give overwrite=True"):
-        mask.save("mask")
-    mask.save("mask", overwrite=True)
+    mask.save("mask")  # a mask takes the place of a mask alone
     for other in ("teacher/diffusion_pytorch_model.safetensors", "teacher/config.json", "teacher"):
         before = contents(here)
         with pytest.raises(FileFormatError):
-            mask.save(other, overwrite=True)
+            mask.save(other)
         assert contents(here) == before
     (here / "shown").mkdir()
     (here / "shown/report.html").write_text("mine")

@@ -80,6 +80,8 @@ def test_importing_native_imports_neither_torch_nor_the_module():
 WIDE_ACCESSES = {
     "masked_adamw": (r"ld\.global\.cs\.v4\.f32", r"st\.global\.cs\.v4\.f32", r"st\.global\.v4\.u32"),
     "scatter": (r"ld\.global\.cs\.v4\.f32", r"st\.global\.v4\.u32", r"st\.global\.v2\.u32"),
+    "reconcile": (r"shfl\.sync",),  # reads weights where they lie, one by one, and adds up within a warp
+    "probe": (),
 }
 """Stem of a CUDA source -> what its PTX must have; for the others, which store little, a load of 16 bytes."""
 REGISTERS = {"masked_adamw": 72, "scatter": 32, "select_threshold": 40, "compact_active": 40}
