@@ -128,7 +128,7 @@ def test_evaluate_refuses_what_does_not_fit(tmp_path, monkeypatch, capsys):
     ):
         assert main(["evaluate", "--forget_class", "1", *arguments, "--quiet"]) == code
         assert text in capsys.readouterr().err
-    with pytest.raises(FileFormatError, match="each of the model's 2 classes, got 3"):
+    with pytest.raises(FileFormatError, match="expected 2 classes, those of the model, got 3"):
         load_images(tmp_path / "shapes.npz", load_source(tmp_path / "model", "cpu"))
     with pytest.raises(ValueError, match="--train_data_dir: needed"):
         load_images(None, load_source(tmp_path / "model", "cpu"))
