@@ -44,7 +44,7 @@ def change_mask(active: ActiveParameters, mask: BlockMask, *optimizers: torch.op
 
     Raises:
         ValueError: The mask does not fit the model, or an active parameter is in none of ``optimizers``.
-        RuntimeError: A dense weight was changed behind the store's back. Nothing is changed in either case.
+        RuntimeError: A module has lost one of its weights. Nothing is changed in either case.
     """
     check_mask(active.model, mask, active.found, [entry.name for entry in active.entries if entry.adopted])
     active.bind_()

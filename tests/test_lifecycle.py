@@ -64,7 +64,7 @@ def test_remove_gives_back_a_model_that_was_changed(change, density):
     change(model)
     assert active.remove() is model and is_plain(model)
     assert all(type(layer).__name__ in ("Conv2d", "Linear", "GroupNorm") for layer in layers)
-    assert all(p.requires_grad for p in model.parameters()) or change is switch_off
+    assert all(p.requires_grad for p in model.parameters())  # those that were switched off meanwhile too
     an_unrelated_step()
 
 
@@ -276,7 +276,7 @@ def test_layers_that_are_skipped_take_the_steps_that_torch_takes(skip, density, 
             opt = torch.optim.AdamW(model.parameters(), **settings)
         generator = torch.Generator().manual_seed(0)
         before = copy.deepcopy(model.state_dict())
-        average = None
+        average = {name: w.clone() for name, w in before.items()}
         for step in range(7):
             opt.zero_grad()
             h = torch.randn(4, 8, generator=generator)
@@ -291,10 +291,7 @@ def test_layers_that_are_skipped_take_the_steps_that_torch_takes(skip, density, 
             if not masked:
                 for name, p in model.named_parameters():
                     p.data = torch.where(mask.to_dense(name), p.data, before[name])
-                state = {name: w.clone() for name, w in model.state_dict().items()}
-                average = (
-                    state if average is None else {n: average[n] + 0.5 * (w - average[n]) for n, w in state.items()}
-                )
+                average = {n: average[n] + 0.5 * (w - average[n]) for n, w in model.state_dict().items()}
             if step == 4 and masked:  # a resumed run has the same counts
                 state = copy.deepcopy(opt.state_dict())
                 opt.load_state_dict(state)
@@ -307,8 +304,7 @@ def test_layers_that_are_skipped_take_the_steps_that_torch_takes(skip, density, 
     (weights, average), (expected, expected_average) = run(masked=True), run(masked=False)
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-5, atol=1e-6)
-    if density == 1.0 and skip == "every second step":  # the average begins with the first step's weights
-        assert average.keys() == expected_average.keys()
+        torch.testing.assert_close(average[name], expected_average[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_in_which_nothing_has_a_gradient_is_none():

@@ -86,7 +86,6 @@ class Delta:
             progress: Whether to show a bar on stderr where it takes seconds.
 
         Raises:
-            RuntimeError: A masked model's dense weights were changed outside its optimizer.
             ValueError: Names, shapes or dtypes differ, a weight differs outside the mask or a buffer differs, or
                 the mask is for another model.
         """
